@@ -1,0 +1,1 @@
+"""The programs: they turn options into ready objects, watch a run, write and read its folder."""

@@ -1,0 +1,99 @@
+"""Options → ready objects; nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from agents.base import Agent
+from agents.registry import build_agent
+
+from envs.budget import Budget, default_budgets, parse_budgets, uniform_widths
+from envs.pruning_env import PruningEnv, check_budgets
+from envs.records import Listener
+from envs.rewards import Weights
+from gan.cost import build_cost_model
+from gan.elastic import ElasticNetwork, ElasticOptions, train_elastic
+from gan.evaluations import CountedScorer, EvaluationLog, PlanScorer, PrunableNetwork
+from gan.tasks import AGENTS, Task
+from gan.training import FINETUNING, TrainingOptions
+
+
+def build_budgets(text: str) -> dict[str, Budget]:
+    """``--budget`` → one budget per agent; the defaults where it is empty."""
+    return parse_budgets(text, AGENTS) if text else default_budgets(AGENTS)
+
+
+def prunable(task: Task, cost: str = "macs") -> dict[str, PrunableNetwork]:
+    """The networks of a task as a search sees them, without weights."""
+    return {
+        agent: PrunableNetwork(
+            kind=agent,
+            groups=task.groups[agent],
+            multiple=task.multiple,
+            cost=build_cost_model(task.networks[agent], task.groups[agent], [task.example(agent)]),
+            cost_kind=cost,  # type: ignore[arg-type]
+            importance=(),
+        )
+        for agent in AGENTS
+    }
+
+
+def check_reachable(task: Task, budgets: dict[str, Budget], cost: str) -> None:
+    """Refuse budgets below what the smallest plan costs, before anything is written.
+
+    Raises:
+        UserError: with the reachable range.
+    """
+    check_budgets(prunable(task, cost), budgets)
+
+
+def smallest_plan(task: Task, budgets: dict[str, Budget], cost: str = "macs") -> dict[str, tuple[int, ...]]:
+    """Uniform widths at the lowest budget of each network."""
+    networks = prunable(task, cost)
+    return {
+        agent: tuple(int(w) for w in uniform_widths(networks[agent], budgets[agent].low)) for agent in AGENTS
+    }
+
+
+def warm_up(
+    task: Task, budgets: dict[str, Budget], cost: str, options: ElasticOptions, on_step: object = None
+) -> dict[str, ElasticNetwork]:
+    """Train elastic weights for the budgets of a run."""
+    smallest = smallest_plan(task, budgets, cost)
+    ordered = task.ordered()
+    trained = train_elastic(
+        (task.networks["generator"], task.networks["discriminator"]),
+        (ordered["generator"], ordered["discriminator"]),
+        (smallest["generator"], smallest["discriminator"]),
+        task.multiple,
+        task.train,
+        options,
+        on_step,  # type: ignore[arg-type]
+    )
+    return dict(zip(AGENTS, trained, strict=True))
+
+
+def build_env(
+    scorer: PlanScorer,
+    budgets: dict[str, Budget],
+    *,
+    log: Path,
+    evaluations: int,
+    weights: Weights,
+    reward: str,
+    listener: Listener | None = None,
+) -> PruningEnv:
+    """The environment of a run, with its evaluation log."""
+    counted = CountedScorer(scorer, EvaluationLog(log, scorer.fingerprint), evaluations)
+    return PruningEnv(counted, budgets, weights=weights, reward=reward, listener=listener)  # type: ignore[arg-type]
+
+
+def build_learner(algo: str, seed: int, tensorboard: Path | None) -> Agent:
+    """An agent from the registry."""
+    return build_agent(algo, seed, tensorboard=tensorboard)
+
+
+def finetuning(epochs: int, seed: int, seconds: float | None = None) -> TrainingOptions:
+    """Options of the finetuning stage; the same for every row of the table."""
+    return replace(FINETUNING, epochs=epochs, seed=seed, seconds=seconds)

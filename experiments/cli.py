@@ -1,0 +1,77 @@
+"""The command line of every program: options from a dataclass, errors as one sentence, known exit codes."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import tyro
+
+from gan.errors import UserError
+
+Options = TypeVar("Options")
+
+
+def usage(description: str, examples: Sequence[tuple[str, str]]) -> str:
+    """The text above the options: examples first, then what the program does.
+
+    Args:
+        description: what the program does; the first lines of its module docstring.
+        examples: (command, what it is for) pairs.
+    """
+    width = max((len(command) for command, _ in examples), default=0)
+    lines = [f"  {command:<{width}}  {purpose}" for command, purpose in examples]
+    return "\n".join(["examples:", *lines, "", description.strip()])
+
+
+def parse(
+    options: Callable[..., Options],
+    description: str,
+    examples: Sequence[tuple[str, str]] = (),
+    arguments: Sequence[str] | None = None,
+) -> Options:
+    """Read a dataclass of options from the command line; its fields' docstrings are the help.
+
+    Exits with code 2 and a message on stderr for an unknown option or a value of the wrong type.
+    """
+    return tyro.cli(
+        options,
+        prog=f"python experiments/{Path(sys.argv[0]).name}",
+        description=usage(description, examples),
+        args=arguments,
+        # One line per option: no --no-x beside --x, and no {None} beside the type. An option with
+        # the default None is left out, not set to None.
+        config=(tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone),
+    )
+
+
+def run(
+    main: Callable[[Options], None],
+    options: Callable[..., Options],
+    description: str,
+    examples: Sequence[tuple[str, str]] = (),
+    arguments: Sequence[str] | None = None,
+) -> None:
+    """Parse, run ``main`` and leave with an exit code.
+
+    0 when ``main`` returns, 2 and one sentence on stderr for a :class:`UserError`, 130 and one
+    sentence for Ctrl-C (the message of the ``KeyboardInterrupt``, if ``main`` raised one of its
+    own). Anything else is a defect and keeps its traceback.
+
+    Args:
+        main: the program.
+        options: the frozen dataclass that it takes.
+        description: what it does, a line or two.
+        examples: (command, what it is for) pairs, shown first.
+        arguments: instead of ``sys.argv[1:]``.
+    """
+    try:
+        main(parse(options, description, examples, arguments))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt as error:
+        print(f"\n{str(error) or 'stopped by Ctrl-C; what is written so far stays'}", file=sys.stderr)
+        sys.exit(130)

@@ -1,0 +1,412 @@
+"""Every picture that the project draws, in one style that also reads in grey.
+
+Figures are built on their own canvas, without pyplot: nothing is global, nothing stays open.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib as mpl
+import numpy as np
+import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFont
+
+from gan.errors import UserError
+from gan.files import write_bytes
+
+if TYPE_CHECKING:  # torch takes seconds to load, and a plot of a run needs none of it
+    from torch import Tensor
+
+    from gan.groups import ChannelGroup
+
+STYLE: dict[Any, Any] = {
+    "font.size": 10,
+    "axes.titlesize": 10,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "0.9",
+    "legend.frameon": False,
+    "lines.linewidth": 1.6,
+    "savefig.dpi": 130,
+}
+COLOURS = ("#12355b", "#c8465a", "#e3a72f", "#3f8f5f", "#6f5aa8", "#79b4c9", "#7a5230", "#a3a3a3")
+"""Neighbours differ in brightness, markers do the rest: figures must read in grey."""
+MARKERS = "osD^vPX*"
+MOST_SERIES = len(COLOURS)
+FORMATS = (".png", ".pdf", ".svg")
+
+TERMS: dict[str, str] = {
+    "crowd_gap": "density: crowd size",
+    "arrangement_gap": "density: arrangement",
+    "mmd_gap": "fidelity: MMD² to dense",
+    "l1_gap": "fidelity: L1 to dense",
+    "real_gap": "fidelity: distance to real",
+    "feature_gap": "fidelity: features to dense",
+    "balance_gap": "adversarial balance",
+}
+"""Reward term → title of its panel, in the order of the panels; unknown terms follow under their own name."""
+
+
+def save_figure(figure: Figure, path: Path) -> Path:
+    """Write a figure in the format of the file's suffix.
+
+    Raises:
+        UserError: a suffix other than ``FORMATS``, or a folder that does not exist.
+    """
+    check_format(path)
+    buffer = io.BytesIO()
+    with mpl.rc_context(STYLE):
+        figure.savefig(buffer, format=path.suffix[1:].lower())
+    return write_bytes(path, buffer.getvalue())
+
+
+def check_format(path: Path) -> None:
+    """Refuse a figure file that cannot be written, before any work is done.
+
+    Raises:
+        UserError: a suffix other than ``FORMATS``, or a folder that does not exist.
+    """
+    if path.suffix.lower() not in FORMATS:
+        raise UserError(f"cannot write a figure to {path}: its name must end in {', '.join(FORMATS)}")
+    if not path.parent.is_dir():
+        raise UserError(
+            f"cannot write a figure to {path}: the folder {path.parent} does not exist; make it first"
+        )
+
+
+# Curves
+
+
+@dataclass(frozen=True)
+class Series:
+    """Runs that differ in nothing but their seed: one line and its spread.
+
+    Attributes:
+        label: name in the legend.
+        metrics: one frame per seed, as ``runs.read_metrics`` gives them; each with a row or more.
+    """
+
+    label: str
+    metrics: tuple[pd.DataFrame, ...]
+
+
+@dataclass(frozen=True)
+class Band:
+    """A curve over seeds on a common axis.
+
+    Attributes:
+        x: (k,) evaluations, ascending.
+        mean: (k,) mean over seeds.
+        low: (k,) lowest seed.
+        high: (k,) highest seed.
+    """
+
+    x: NDArray[np.float64]
+    mean: NDArray[np.float64]
+    low: NDArray[np.float64]
+    high: NDArray[np.float64]
+
+
+def moving_average(
+    evaluations: NDArray[np.float64], values: NDArray[np.float64], window: int
+) -> NDArray[np.float64]:
+    """Mean over the rows of the last ``window`` evaluations; NaN values are left out.
+
+    A window in evaluations, not in episodes, treats learners with long and short episodes alike.
+
+    Args:
+        evaluations: (k,) ascending, repeats allowed.
+        values: (k,) what to average.
+        window: evaluations, ≥ 1.
+
+    Returns:
+        (k,) averages.
+    """
+    known = ~np.isnan(values)
+    sums = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0.0))])
+    counts = np.concatenate([[0], np.cumsum(known)])
+    first = np.searchsorted(evaluations, evaluations - window, side="right")
+    last = np.searchsorted(evaluations, evaluations, side="right")
+    number = counts[last] - counts[first]
+    return np.where(number > 0, (sums[last] - sums[first]) / np.maximum(number, 1), np.nan)
+
+
+def band(series: Series, column: str, window: int, points: int = 200) -> Band | None:
+    """Moving average of a column for each seed, then mean and range over seeds.
+
+    Seeds end at different numbers of evaluations; the band covers what all of them have. None if
+    no frame has numbers in the column.
+    """
+    lines = []
+    for frame in series.metrics:
+        if column in frame and frame[column].notna().any():
+            evaluations = frame["evaluations"].to_numpy(dtype=np.float64)
+            averages = moving_average(evaluations, frame[column].to_numpy(dtype=np.float64), window)
+            keep = np.append(np.diff(evaluations) > 0, True) & ~np.isnan(
+                averages
+            )  # episodes of known plans repeat
+            lines.append((evaluations[keep], averages[keep]))
+    if not lines:
+        return None
+    first = max(x[0] for x, _ in lines)
+    last = max(first, min(x[-1] for x, _ in lines))
+    common = lines[0][0] if len(lines) == 1 else np.linspace(first, last, points)
+    rows = np.stack([np.interp(common, x, y) for x, y in lines])
+    return Band(common, rows.mean(0), rows.min(0), rows.max(0))
+
+
+def curves(series: Sequence[Series], window: int = 200, title: str = "") -> Figure:
+    """Reward (total and by term) and sparsity of both networks over the search.
+
+    Args:
+        series: what to compare, at most ``MOST_SERIES``: more cannot be told apart.
+        window: evaluations of the moving average, ≥ 1.
+        title: what the runs have in common.
+
+    Raises:
+        UserError: too many series.
+    """
+    if len(series) > MOST_SERIES:
+        raise UserError(
+            f"{len(series)} kinds of runs cannot be told apart in one figure; draw at most {MOST_SERIES}"
+        )
+    columns = list(dict.fromkeys(column for one in series for frame in one.metrics for column in frame))
+    found = [column.removesuffix(".score") for column in columns if column.endswith(".score")]
+    terms = [term for term in TERMS if term in found] + [term for term in found if term not in TERMS]
+    agents = [column.removesuffix(".sparsity") for column in columns if column.endswith(".sparsity")]
+    panels = len(agents) + len(terms)
+    rows = 1 + math.ceil(max(0, panels - 2) / 4)
+    with mpl.rc_context(STYLE):
+        figure = Figure(
+            figsize=(14, 0.9 + 2.6 * rows), layout=ConstrainedLayoutEngine(w_pad=0.1, wspace=0.02)
+        )
+        FigureCanvasAgg(figure)
+        grid = figure.add_gridspec(rows, 4)
+        total = figure.add_subplot(grid[0, :2])
+        places = [grid[0, 2], grid[0, 3]] + [
+            grid[row, column] for row in range(1, rows) for column in range(4)
+        ]
+        _total_panel(total, series, window)
+        for agent, place in zip(agents, places, strict=False):
+            _sparsity_panel(figure.add_subplot(place), series, agent, window)
+        for term, place in zip(terms, places[len(agents) :], strict=False):
+            _term_panel(figure.add_subplot(place), series, term, window)
+        for axes in figure.axes:
+            axes.set_xlabel("evaluations")
+            axes.margins(x=0.02)
+        spread = " · band: lowest to highest run" if any(len(one.metrics) > 1 for one in series) else ""
+        average = f"moving average over {window} evaluations{spread}"
+        figure.suptitle(f"{title} · {average}" if title else average, x=0.01, ha="left", fontsize=11)
+        handles = [
+            Line2D([], [], color=COLOURS[i], marker=MARKERS[i], label=f"{one.label} ({_runs(one)})")
+            for i, one in enumerate(series)
+        ]
+        figure.legend(handles=handles, loc="outside lower left", ncols=4)
+    return figure
+
+
+def _runs(series: Series) -> str:
+    return "1 run" if len(series.metrics) == 1 else f"{len(series.metrics)} runs"
+
+
+def _draw(axes: Axes, shape: Band, place: int, dashed: bool = False) -> None:
+    colour = COLOURS[place]
+    every = max(1, len(shape.x) // 6)
+    style = "--" if dashed else "-"
+    marker = MARKERS[place]
+    axes.plot(
+        shape.x, shape.mean, style, color=colour, marker=marker, markevery=(every // 2, every), markersize=5
+    )
+    if (shape.high > shape.low).any():
+        axes.fill_between(shape.x, shape.low, shape.high, color=colour, alpha=0.18, linewidth=0)
+
+
+def _total_panel(axes: Axes, series: Sequence[Series], window: int) -> None:
+    for place, one in enumerate(series):
+        shape = band(one, "return", window)
+        if shape is not None:
+            _draw(axes, shape, place)
+        best = band(one, "best_potential", 1)
+        if best is not None:
+            axes.plot(best.x, best.mean, ":", color=COLOURS[place], drawstyle="steps-post")
+        if len(series) == 1 and len(one.metrics) == 1:  # single episodes of several runs would only blur
+            frame = one.metrics[0]
+            axes.plot(frame["evaluations"], frame["return"], ".", color="0.7", markersize=3, zorder=1)
+    axes.axhline(0, color="0.4", linewidth=0.8)
+    axes.set_title("return of an episode: improvement over uniform pruning (0)")
+    axes.set_ylabel("weighted score")
+    handles = [
+        Line2D([], [], color="0.3", label="final plan of the episodes"),
+        Line2D([], [], color="0.3", linestyle=":", label="best plan so far"),
+    ]
+    axes.legend(handles=handles, loc="best", fontsize=8)
+
+
+def _term_panel(axes: Axes, series: Sequence[Series], term: str, window: int) -> None:
+    for place, one in enumerate(series):
+        shape = band(one, f"{term}.score", window)
+        if shape is not None:
+            _draw(axes, shape, place)
+    axes.axhline(0, color="0.4", linewidth=0.8)
+    rewards = [
+        frame[f"{term}.reward"] for one in series for frame in one.metrics if f"{term}.reward" in frame
+    ]
+    unpaid = bool(rewards) and not any(reward.any() for reward in rewards)
+    axes.set_title(TERMS.get(term, term) + (" (weight 0)" if unpaid else ""))
+    axes.set_ylabel("score")
+
+
+def _sparsity_panel(axes: Axes, series: Sequence[Series], agent: str, window: int) -> None:
+    for place, one in enumerate(series):
+        for column, dashed in ((f"{agent}.sparsity", False), (f"{agent}.channel_sparsity", True)):
+            shape = band(one, column, window)
+            if shape is not None:
+                _draw(axes, shape, place, dashed)
+    axes.set_ylim(0, 1)
+    axes.set_title(f"sparsity of the {agent}")
+    axes.set_ylabel("share removed")
+    handles = [
+        Line2D([], [], color="0.3", label="of the cost"),
+        Line2D([], [], color="0.3", linestyle="--", label="of the channels"),
+    ]
+    axes.legend(handles=handles, loc="best", fontsize=8)
+
+
+# Widths
+
+
+@dataclass(frozen=True)
+class NetworkWidths:
+    """Kept widths of one network, in forward order of its channel groups.
+
+    Attributes:
+        name: agent name.
+        layers: (n,) labels of one or two short lines.
+        dense: (n,) widths of the dense network.
+        uniform: (n,) widths of the uniform plan at the same budget.
+        pruned: (n,) widths of the plan.
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    dense: tuple[int, ...]
+    uniform: tuple[int, ...]
+    pruned: tuple[int, ...]
+
+    @classmethod
+    def of(
+        cls, name: str, groups: Sequence[ChannelGroup], uniform: Sequence[int], pruned: Sequence[int]
+    ) -> NetworkWidths:
+        """Label each group by what makes its channels and the height of its map."""
+        layers = tuple(f"{'up' if g.kind == 'transposed' else 'conv'}\n{g.resolution} px" for g in groups)
+        return cls(name, layers, tuple(g.channels for g in groups), tuple(uniform), tuple(pruned))
+
+
+def widths(networks: Sequence[NetworkWidths], title: str = "") -> Figure:
+    """Keep ratio of every layer: a bar for the plan, an outline for uniform, kept channels below."""
+    with mpl.rc_context(STYLE):
+        counts = [len(network.layers) for network in networks]
+        figure = Figure(figsize=(2.0 + 0.8 * sum(max(3, n) for n in counts), 4.0), layout="constrained")
+        FigureCanvasAgg(figure)
+        panels = figure.subplots(
+            1, len(networks), width_ratios=[max(3, n) for n in counts], sharey=True, squeeze=False
+        )
+        for axes, network in zip(panels[0], networks, strict=True):
+            place = np.arange(len(network.layers))
+            dense = np.asarray(network.dense, dtype=np.float64)
+            pruned = np.asarray(network.pruned) / dense
+            uniform = np.asarray(network.uniform) / dense
+            axes.bar(place, pruned, width=0.62, color="#5b8db8")
+            axes.bar(place, uniform, width=0.8, fill=False, edgecolor="0.15", linewidth=1.2)
+            kept = [f"{width} of {full}" for width, full in zip(network.pruned, network.dense, strict=True)]
+            labels = [f"{layer}\n{text}" for layer, text in zip(network.layers, kept, strict=True)]
+            axes.set_xticks(place, labels, fontsize=8)
+            axes.set_title(f"{network.name}: {sum(network.pruned)} of {sum(network.dense)} channels kept")
+            axes.grid(visible=False, axis="x")
+        panels[0][0].set_ylabel("keep ratio of the channels")
+        panels[0][0].set_ylim(0, 1)
+        handles = [
+            Patch(facecolor="#5b8db8", label="pruned"),
+            Patch(fill=False, edgecolor="0.15", label="uniform at the same budget"),
+        ]
+        figure.legend(handles=handles, loc="outside lower left", ncols=2)
+        if title:
+            figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    return figure
+
+
+# Samples
+
+
+def samples(columns: Mapping[str, Tensor], rows: int = 8, pixels: int = 128) -> Image.Image:
+    """A grid of images, one row per sample and one titled column per kind, enlarged without smoothing.
+
+    Args:
+        columns: title → (N, 3, H, W) or (N, 1, H, W) float in [−1, 1], the same N and size.
+        rows: at most so many samples, the first ones.
+        pixels: aimed height of an image; the enlargement is the next whole factor, so pixels stay square.
+
+    Raises:
+        ValueError: columns of different sizes, or none.
+    """
+    shapes = {title: tuple(images.shape) for title, images in columns.items()}
+    if len({(shape[0], *shape[2:]) for shape in shapes.values()}) != 1:
+        raise ValueError(f"all columns need the same number and size of images; got {shapes}")
+    count, _, height, width = next(iter(shapes.values()))
+    count = min(count, rows)
+    scale = max(1, round(pixels / height))
+    tile_height, tile_width = height * scale, width * scale
+    gap, margin = max(4, tile_width // 24), 12
+    font = ImageFont.truetype(
+        str(Path(mpl.get_data_path()) / "fonts/ttf/DejaVuSans.ttf"), max(11, tile_width // 8)
+    )
+    column_width = max(tile_width, *(math.ceil(font.getlength(title)) for title in columns))
+    ascent, descent = font.getmetrics()
+    head = margin + ascent + descent + 6
+    size = (
+        2 * margin + len(columns) * (column_width + gap) - gap,
+        head + count * (tile_height + gap) - gap + margin,
+    )
+    sheet = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(sheet)
+    for column, (title, images) in enumerate(columns.items()):
+        left = margin + column * (column_width + gap)
+        middle = left + column_width / 2
+        draw.text((middle, margin), title, fill="black", font=font, anchor="ma")
+        for row in range(count):
+            tile = _to_image(images[row]).resize((tile_width, tile_height), Image.Resampling.NEAREST)
+            top = head + row * (tile_height + gap)
+            x = left + (column_width - tile_width) // 2
+            sheet.paste(tile, (x, top))
+            draw.rectangle((x - 1, top - 1, x + tile_width, top + tile_height), outline="#dddddd")
+    return sheet
+
+
+def _to_image(image: Tensor) -> Image.Image:
+    """(1 or 3, H, W) float in [−1, 1] → RGB image, rounded to the nearest of 256 levels."""
+    values = np.asarray(image.detach().cpu(), dtype=np.float64).clip(-1, 1)
+    levels = np.rint((values + 1) * 127.5).astype(np.uint8)
+    return Image.fromarray(np.broadcast_to(levels, (3, *levels.shape[1:])).transpose(1, 2, 0).copy())
+
+
+def save_image(image: Image.Image, path: Path) -> Path:
+    """Write an image as PNG, in one step."""
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG")
+    return write_bytes(path, buffer.getvalue())

@@ -1,0 +1,98 @@
+"""Draw the reward and sparsity curves of one or several runs into one figure."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tyro.conf import Positional
+
+from experiments import cli
+from experiments.figures import Series, check_format, curves, save_figure
+from experiments.runs import Run, read_run
+from gan.errors import UserError
+
+EXAMPLES = (
+    ("python experiments/plot.py runs/edges2emoji-mappo-s0 --output curves.png", "one run"),
+    ("python experiments/plot.py runs/edges2emoji-* --output all.pdf", "learners and seeds compared"),
+)
+DESCRIPTION = """Reward (total and by term) and sparsity of both networks over the evaluations of a search.
+
+Runs that differ only in their seed become one line, their mean, inside the range that they span."""
+APART = ("seed", "output", "resume")
+"""Options in which two runs of one series may differ."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of ``plot.py``."""
+
+    runs: Positional[tuple[Path, ...]]
+    """Run folders."""
+    output: Path
+    """File to write: .png, .pdf or .svg."""
+    window: int = 200
+    """Evaluations of the moving average."""
+
+
+def flatten(options: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    """Nested options as they stand on a command line: ``weights.density`` → ``0.1``."""
+    flat: dict[str, str] = {}
+    for name, value in options.items():
+        if isinstance(value, Mapping):
+            flat.update(flatten(value, f"{prefix}{name}."))
+        else:
+            flat[prefix + name] = value if isinstance(value, str) else json.dumps(value)
+    return flat
+
+
+def group(runs: Sequence[Run]) -> tuple[str, list[Series]]:
+    """Sort runs into series.
+
+    Returns:
+        What all runs share (task, budget, …) as a title, and one series per kind of run, labelled
+        by its algorithm and whatever else tells it from the others.
+    """
+    kinds: dict[str, list[Run]] = {}
+    flat: dict[str, dict[str, str]] = {}
+    for run in runs:
+        options = {name: value for name, value in flatten(run.options).items() if name not in APART}
+        key = json.dumps(options, sort_keys=True)
+        kinds.setdefault(key, []).append(run)
+        flat[key] = options
+    names = list(dict.fromkeys(name for options in flat.values() for name in options))
+    differing = [name for name in names if len({options.get(name) for options in flat.values()}) > 1]
+    series = []
+    for key, members in kinds.items():
+        options = flat[key]
+        told = [
+            options["algo"],
+            *(f"{name} {options.get(name, '-')}" for name in differing if name != "algo"),
+        ]
+        series.append(Series(", ".join(told), tuple(run.metrics for run in members)))
+    first = next(iter(flat.values()))
+    shared = [first[name] for name in ("task",) if name not in differing]
+    shared += [
+        f"{name} {first[name]}" for name in ("budget", "cost") if name in first and name not in differing
+    ]
+    return ", ".join(shared), series
+
+
+def main(options: Options) -> None:
+    """Read the runs, draw, write."""
+    if not options.runs:
+        raise UserError("no run to draw; name one or more run folders, such as runs/edges2emoji-mappo-s0")
+    if options.window < 1:
+        raise UserError(f"--window is {options.window}; a moving average needs 1 evaluation or more")
+    check_format(options.output)
+    paths = {path.resolve(): path for path in options.runs}  # a run named twice is still one run
+    title, series = group([read_run(path) for path in paths.values()])
+    save_figure(curves(series, options.window, title), options.output)
+    print(f"{options.output}: {', '.join(f'{one.label} ({len(one.metrics)})' for one in series)}")
+
+
+if __name__ == "__main__":
+    cli.run(main, Options, DESCRIPTION, EXAMPLES)

@@ -1,0 +1,476 @@
+"""The run folder: the only file that knows its shape.
+
+A run folder explains itself: what was asked, what came out, and everything in between, readable at
+any moment. Files are replaced whole or appended line by line, so an interruption costs at most the
+line that was being written.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import io
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+import pandas as pd
+
+from gan.errors import UserError
+from gan.files import write_json, write_text
+
+if TYPE_CHECKING:
+    from envs.records import Episode
+
+T = TypeVar("T")
+PROJECT = "gan-pruning-rl"
+PACKAGES = (
+    PROJECT,
+    "torch",
+    "torchvision",
+    "numpy",
+    "gymnasium",
+    "pettingzoo",
+    "stable-baselines3",
+    "torch-pruning",
+    "onnxruntime",
+    "safetensors",
+)
+"""Distributions whose version can change a result."""
+TRAIN = "python experiments/train_agents.py"
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """The paths of one run.
+
+    Attributes:
+        path: the folder itself.
+    """
+
+    path: Path
+
+    @property
+    def options(self) -> Path:
+        """Resolved options of the run."""
+        return self.path / "options.json"
+
+    @property
+    def about(self) -> Path:
+        """Command, start, versions, commit, machine."""
+        return self.path / "run.json"
+
+    @property
+    def metrics(self) -> Path:
+        """One row per episode."""
+        return self.path / "metrics.csv"
+
+    @property
+    def evaluations(self) -> Path:
+        """The evaluation log: one line per scored plan."""
+        return self.path / "evaluations.jsonl"
+
+    @property
+    def tensorboard(self) -> Path:
+        return self.path / "tensorboard"
+
+    @property
+    def policy(self) -> Path:
+        """Folder of the agent's own files."""
+        return self.path / "policy"
+
+    @property
+    def plan(self) -> Path:
+        """The best plan, the policy's plan and the uniform one."""
+        return self.path / "plan.json"
+
+    @property
+    def elastic(self) -> Path:
+        """Weights that plans are scored with, where the run made them itself."""
+        return self.path / "elastic.safetensors"
+
+    @property
+    def elastic_reference(self) -> Path:
+        """Hash and origin of those weights."""
+        return self.path / "elastic.json"
+
+    @property
+    def ranking(self) -> Path:
+        """Order in which the channels of each group are kept."""
+        return self.path / "ranking.json"
+
+    @property
+    def evaluation(self) -> Path:
+        """The final figures; written last, so a run that has it is finished."""
+        return self.path / "evaluation.json"
+
+    @property
+    def curves(self) -> Path:
+        return self.path / "curves.png"
+
+    @property
+    def widths(self) -> Path:
+        return self.path / "widths.png"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples.png"
+
+    def weights(self, network: str, stage: str = "") -> Path:
+        """Weight file of a network; its recipe lies beside it as ``.json``.
+
+        Args:
+            network: agent name, such as ``generator``.
+            stage: empty for the finetuned result, ``raw`` before finetuning.
+        """
+        return self.path / (f"{network}_{stage}.safetensors" if stage else f"{network}.safetensors")
+
+    @property
+    def finished(self) -> bool:
+        return self.evaluation.is_file()
+
+    def require(self, *files: Path) -> None:
+        """Make sure that the run has got as far as these files.
+
+        Raises:
+            UserError: the names of the missing ones and how to go on.
+        """
+        missing = [file.name for file in files if not file.exists()]
+        if missing:
+            raise UserError(
+                f"the run {self.path} is unfinished: it has no {' and no '.join(missing)} yet; "
+                f"finish it with: {TRAIN} --resume {self.path}"
+            )
+
+
+def create_run(
+    task: str, algo: str, seed: int, output: Path | None = None, root: Path = Path("runs")
+) -> RunFolder:
+    """Make a new run folder.
+
+    Args:
+        task: task name or the path of a user's checkpoint; only its last part enters the name.
+        algo: name of the agent.
+        seed: seed of the run.
+        output: the folder to make; ``None`` takes ``root/<task>-<algo>-s<seed>`` or the first of
+            ``…-2``, ``…-3`` that is free.
+        root: where default names go.
+
+    Raises:
+        UserError: ``output`` exists, or the folder cannot be made.
+    """
+    if output is not None:
+        try:
+            return RunFolder(_make(output))
+        except FileExistsError:
+            raise UserError(
+                f"--output {output} exists; name a new folder, or go on with that run: --resume {output}"
+            ) from None
+    name = f"{Path(task).stem}-{algo}-s{seed}"
+    attempt = 1
+    while True:
+        try:
+            return RunFolder(_make(root / (name if attempt == 1 else f"{name}-{attempt}")))
+        except FileExistsError:  # also when another process was quicker
+            attempt += 1
+
+
+def _make(path: Path) -> Path:
+    """Make a folder and its parents; FileExistsError is left to the caller."""
+    try:
+        if not path.parent.is_dir():
+            path.parent.mkdir(parents=True)
+    except OSError as error:  # FileExistsError too: a parent is a file
+        raise UserError(
+            f"cannot make the folder {path.parent} ({error.strerror}); use another --output"
+        ) from error
+    try:
+        path.mkdir()
+    except FileExistsError:
+        raise
+    except OSError as error:
+        raise UserError(
+            f"cannot make the run folder {path} ({error.strerror}); use another --output"
+        ) from error
+    return path
+
+
+def open_run(path: Path) -> RunFolder:
+    """An existing run folder, finished or not.
+
+    Raises:
+        UserError: no such folder, or one that no run has written.
+    """
+    if not path.exists():
+        raise UserError(f"the run {path} does not exist; runs lie in runs/ unless --output says otherwise")
+    folder = RunFolder(path)
+    if not path.is_dir():
+        raise UserError(f"{path} is a file; a run is the folder that {TRAIN} writes")
+    if not folder.options.is_file() or not folder.about.is_file():
+        raise UserError(f"{path} is no run folder: it has no options.json and run.json; {TRAIN} writes one")
+    return folder
+
+
+def plain(value: Any) -> Any:
+    """The JSON-ready form of options and results.
+
+    Dataclasses become objects, paths strings, arrays lists; NaN and infinities become ``null``,
+    which is what JSON has for them.
+    """
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(item) for item in value]
+    if isinstance(value, np.ndarray | np.generic):
+        return plain(value.tolist())
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
+
+
+def describe_run(folder: RunFolder, options: Any, **more: Any) -> None:
+    """Write ``options.json`` and ``run.json``.
+
+    Args:
+        folder: the run.
+        options: the resolved options, a dataclass with at least ``task``, ``algo`` and ``seed``.
+        more: further keys of ``run.json``, such as the device.
+    """
+    write_json(folder.options, plain(options))
+    about = {
+        "format": 1,
+        "started": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": " ".join(["python", *sys.argv]),
+        "commit": commit(),
+        "python": platform.python_version(),
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "versions": versions(),
+        **more,
+    }
+    write_json(folder.about, plain(about))
+
+
+def read_json(path: Path) -> Any:
+    """Read one of the folder's JSON files.
+
+    Raises:
+        UserError: missing, or no valid JSON.
+    """
+    if not path.is_file():
+        raise UserError(f"{path} does not exist; {path.parent} is an unfinished run or none")
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise UserError(f"{path} is no valid JSON ({error}); make the run again") from error
+
+
+def read_options(folder: RunFolder, kind: type[T]) -> T:
+    """The options of a run as the dataclass ``kind`` that they were written from.
+
+    Raises:
+        UserError: an option that ``kind`` does not know: another version wrote the run.
+    """
+    try:
+        return typing.cast("T", _restore(kind, read_json(folder.options)))
+    except (TypeError, KeyError) as error:
+        raise UserError(
+            f"{folder.options} does not fit this version of the program: {error.args[0]}; make the run again"
+        ) from error
+
+
+def _restore(kind: Any, value: Any) -> Any:
+    """The inverse of :func:`plain` for dataclasses of plain values, paths and tuples."""
+    if dataclasses.is_dataclass(kind):
+        hints = typing.get_type_hints(kind)
+        unknown = sorted(set(value) - {field.name for field in dataclasses.fields(kind)})
+        if unknown:
+            raise KeyError(f"unknown option {', '.join(unknown)}")
+        return kind(**{name: _restore(hints[name], item) for name, item in value.items()})  # type: ignore[operator]
+    origin, arguments = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        if value is None:
+            return None
+        return _restore(next(part for part in arguments if part is not types.NoneType), value)
+    if origin is tuple:
+        parts = arguments[:1] * len(value) if len(arguments) == 2 and arguments[1] is ... else arguments
+        return tuple(_restore(part, item) for part, item in zip(parts, value, strict=True))
+    if kind is Path:
+        return Path(value)
+    return value
+
+
+def versions() -> dict[str, str]:
+    """Installed versions of the packages that can change a result."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"  # the project itself, when it runs from a bare checkout
+    return found
+
+
+def commit() -> str | None:
+    """Commit of the project's own checkout, with ``-dirty`` for changed files; None without git."""
+    root = Path(__file__).resolve().parent.parent
+
+    def git(*arguments: str) -> str:
+        done = subprocess.run(
+            ["git", "-C", str(root), *arguments], capture_output=True, text=True, check=True, timeout=10
+        )
+        return done.stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != root:
+            return None  # installed inside somebody else's repository
+        dirty = "-dirty" if git("status", "--porcelain", "--untracked-files=no") else ""
+        return git("rev-parse", "--short=12", "HEAD") + dirty
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def episode_row(episode: Episode, seconds: float) -> dict[str, float | None]:
+    """The row of ``metrics.csv`` that an episode makes.
+
+    Args:
+        episode: what the environment reports at the end of an episode.
+        seconds: wall seconds that this episode took.
+    """
+    return {**episode.row(), "seconds": round(seconds, 3)}
+
+
+class MetricsLog:
+    """Append-only ``metrics.csv``: a header, fixed by the first row, then one row per episode.
+
+    A resumed run goes through its old episodes again. Rows that the file already has are not
+    written twice; where the run leaves its old road (another device or version), the rows of the
+    old road are cut off, so that the file always tells the story of one run.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._header = ""
+        self._past: dict[int, str] = {}
+        if path.exists():
+            lines = _whole_lines(path)
+            write_text(path, "".join(lines))  # a torn last line must not be continued
+            self._header = lines[0] if lines else ""
+            self._past = {int(self._cells(line)["episode"]): line for line in lines[1:]}
+
+    @property
+    def columns(self) -> list[str]:
+        """Names in the order of the file; empty before the first row."""
+        return self._header.rstrip("\n").split(",") if self._header else []
+
+    def append(self, row: Mapping[str, float | None]) -> None:
+        """Write one row.
+
+        Args:
+            row: numbers by column, None for an empty cell; ``episode`` counts up from row to row.
+
+        Raises:
+            ValueError: other columns than the first row had.
+        """
+        if not self._header:
+            self._header = ",".join(row) + "\n"
+            write_text(self.path, self._header)
+        wrong = sorted(set(row) ^ set(self.columns))
+        if wrong:
+            raise ValueError(
+                f"the rows of {self.path} share the columns of the first; {', '.join(wrong)} differ"
+            )
+        line = ",".join(_number(row[column]) for column in self.columns) + "\n"
+        episode = int(row["episode"] or 0)
+        if episode in self._past:
+            old, new = self._cells(self._past[episode]), self._cells(line)
+            if {**old, "seconds": ""} == {**new, "seconds": ""}:
+                return
+            self._past = {place: past for place, past in self._past.items() if place < episode}
+            write_text(self.path, self._header + "".join(self._past.values()))
+        with self.path.open("a") as file:
+            file.write(line)
+
+    def _cells(self, line: str) -> dict[str, str]:
+        return dict(zip(self.columns, line.rstrip("\n").split(","), strict=True))
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return str(int(value)) if isinstance(value, int | np.integer) else f"{float(value):.8g}"
+
+
+def _whole_lines(path: Path) -> list[str]:
+    """Lines of a file that end in a newline: what a dying process left half-written is dropped."""
+    return [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def read_metrics(folder: RunFolder) -> pd.DataFrame:
+    """All whole rows of ``metrics.csv``, one per episode.
+
+    Raises:
+        UserError: no episode has ended yet, or the file is none of ours.
+    """
+    lines = _whole_lines(folder.metrics) if folder.metrics.is_file() else []
+    if len(lines) < 2:
+        raise UserError(
+            f"the run {folder.path} has no finished episode in metrics.csv: there is nothing to draw yet"
+        )
+    try:
+        frame = pd.read_csv(io.StringIO("".join(lines)), dtype=float)
+    except ValueError as error:
+        raise UserError(f"{folder.metrics} is damaged ({error}); make the run again") from error
+    missing = {"episode", "evaluations", "return"} - set(frame.columns)
+    if missing:
+        raise UserError(
+            f"{folder.metrics} lacks the columns {', '.join(sorted(missing))}; make the run again"
+        )
+    return frame
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a plot or a report needs of one run.
+
+    Attributes:
+        folder: where it lies.
+        options: resolved options, nested as they were declared.
+        metrics: one row per episode.
+    """
+
+    folder: RunFolder
+    options: Mapping[str, Any]
+    metrics: pd.DataFrame
+
+    @property
+    def seed(self) -> int:
+        return int(self.options["seed"])
+
+
+def read_run(path: Path) -> Run:
+    """Read a run that has at least one finished episode.
+
+    Raises:
+        UserError: no such folder, no run folder, nothing finished, damaged; one sentence each.
+    """
+    folder = open_run(path)
+    options = read_json(folder.options)
+    missing = {"task", "algo", "seed"} - set(options)
+    if missing:
+        raise UserError(f"{folder.options} lacks {', '.join(sorted(missing))}; make the run again")
+    return Run(folder, options, read_metrics(folder))

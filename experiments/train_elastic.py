@@ -1,0 +1,65 @@
+"""Train the elastic weights of a task: one copy of the pair that works at many widths.
+
+Those of the embedded tasks come with the project and were made by this command; for the user's own
+networks ``train_agents.py`` runs the same warm-up by itself.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from experiments import cli
+from experiments.build import build_budgets, warm_up
+from experiments.watch import Watch
+from gan.elastic import ElasticOptions
+from gan.errors import UserError
+from gan.files import write_json
+from gan.tasks import load_task, save_elastic
+
+EXAMPLES = (
+    ("python experiments/train_elastic.py --output elastic.safetensors", "remake the embedded task's"),
+    ("python experiments/train_elastic.py --budget 0.25 --output e.safetensors", "for larger budgets"),
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of ``train_elastic.py``."""
+
+    output: Path
+    """File to write; its recipe lies beside it."""
+    task: str = "edges2emoji"
+    """Task name."""
+    budget: str = "generator=0.05,discriminator=0.25"
+    """Lowest budgets that plans will be asked for: [agent=]LOW,…"""
+    warm_up: ElasticOptions = field(default_factory=lambda: ElasticOptions(steps=4000))
+    """Options of the warm-up."""
+
+
+def main(options: Options) -> None:
+    """Train and write."""
+    if options.output.exists():
+        raise UserError(f"--output {options.output} exists; name a new file")
+    if not options.output.parent.is_dir():
+        raise UserError(f"the folder {options.output.parent} of --output does not exist; make it first")
+    task = load_task(options.task)
+    watch = Watch()
+    with watch.stage("elastic warm-up", options.warm_up.steps) as stage:
+
+        def on_step(step: int, steps: int, loss: float) -> None:
+            stage.at(step, steps)
+            stage.say(f"L1 to dense {loss:.3f}")
+            if step % 200 == 0 and not watch.console.is_terminal:
+                print(f"step {step}/{steps} L1 to dense {loss:.4f}", flush=True)
+
+        weights = warm_up(task, build_budgets(options.budget), "macs", options.warm_up, on_step)
+    save_elastic(options.output, weights, task)
+    command = "python experiments/train_elastic.py"
+    recipe = {"task": options.task, "command": command, "budget": options.budget, **asdict(options.warm_up)}
+    write_json(options.output.with_suffix(".json"), recipe)
+    print(f"{options.output}")
+
+
+if __name__ == "__main__":
+    cli.run(main, Options, __doc__ or "", EXAMPLES)

@@ -1,0 +1,120 @@
+"""What a plan costs: multiply-accumulates and parameters in closed form, from the widths alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from gan.groups import CONVOLUTIONS, NORMS, ChannelGroup, trace_resolutions
+
+CostKind = Literal["macs", "params"]
+
+
+@dataclass(frozen=True)
+class CostModel:
+    """Cost of a network as a function of its group widths.
+
+    A convolution costs ``positions × kernel area × input width × output width`` MACs. Positions
+    are the output pixels of a convolution and the *input* pixels of a transposed one: papers on
+    Pix2Pix and CycleGAN count output pixels there, 4 times too much at stride 2.
+
+    Attributes:
+        kernel_macs: (L,) positions × kernel area of each convolution.
+        kernel_params: (L,) kernel area.
+        in_groups: (L, n) how many times each group feeds the convolution.
+        in_fixed: (L,) input channels that no group owns.
+        out_groups: (L, n) 1 at the group that the convolution makes.
+        out_fixed: (L,) output channels that no group owns.
+        vector_params: (n,) parameters per channel beside the kernels (biases, norm scale and shift).
+        vector_fixed: parameters beside the kernels that no group owns.
+        dense: (n,) widths of the dense network.
+    """
+
+    kernel_macs: NDArray[np.float64]
+    kernel_params: NDArray[np.float64]
+    in_groups: NDArray[np.float64]
+    in_fixed: NDArray[np.float64]
+    out_groups: NDArray[np.float64]
+    out_fixed: NDArray[np.float64]
+    vector_params: NDArray[np.float64]
+    vector_fixed: float
+    dense: NDArray[np.int64]
+
+    def _kernels(self, widths: NDArray[Any], per_kernel: NDArray[np.float64]) -> NDArray[np.float64]:
+        w = np.asarray(widths, dtype=np.float64)
+        width_in = w @ self.in_groups.T + self.in_fixed
+        width_out = w @ self.out_groups.T + self.out_fixed
+        return (width_in * width_out) @ per_kernel
+
+    def macs(self, widths: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Multiply-accumulates per image; ``widths`` is (..., n), the result (...)."""
+        return self._kernels(widths, self.kernel_macs)
+
+    def params(self, widths: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Trainable parameters; ``widths`` is (..., n), the result (...)."""
+        w = np.asarray(widths, dtype=np.float64)
+        return self._kernels(w, self.kernel_params) + w @ self.vector_params + self.vector_fixed
+
+    def of(self, kind: CostKind, widths: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Cost of the named kind."""
+        return self.macs(widths) if kind == "macs" else self.params(widths)
+
+
+def build_cost_model(
+    network: nn.Module, groups: Sequence[ChannelGroup], inputs: Sequence[Tensor]
+) -> CostModel:
+    """Read the closed form off a network: one run for the resolutions, the rest from the modules."""
+    inputs = [x.to(next(network.parameters()).device) for x in inputs]
+    resolutions = trace_resolutions(network, inputs)
+    n, layers = len(groups), list(resolutions)
+    kernel_macs, kernel_params = np.zeros(len(layers)), np.zeros(len(layers))
+    in_groups, out_groups = np.zeros((len(layers), n)), np.zeros((len(layers), n))
+    in_fixed, out_fixed = np.zeros(len(layers)), np.zeros(len(layers))
+    row = {name: i for i, name in enumerate(layers)}
+    for name, i in row.items():
+        module = network.get_submodule(name)
+        assert isinstance(module, CONVOLUTIONS)
+        pixels_in, pixels_out, _ = resolutions[name]
+        positions = pixels_in if isinstance(module, nn.ConvTranspose2d) else pixels_out
+        kernel_params[i] = module.kernel_size[0] * module.kernel_size[1] / module.groups
+        kernel_macs[i] = positions * kernel_params[i]
+        in_fixed[i], out_fixed[i] = module.in_channels, module.out_channels
+    vector_params = np.zeros(n)
+    vectors = {
+        name: 0 for name, module in network.named_modules() if isinstance(module, CONVOLUTIONS + NORMS)
+    }
+    vector_fixed = 0.0
+    for name in vectors:
+        module = network.get_submodule(name)
+        own = dict(module.named_parameters(recurse=False))
+        vectors[name] = sum(key == "bias" or isinstance(module, NORMS) for key in own)
+        channels = module.out_channels if isinstance(module, CONVOLUTIONS) else module.num_features
+        vector_fixed += vectors[name] * int(channels)  # type: ignore[arg-type]
+    for g, group in enumerate(groups):
+        for slot in group.slots:
+            if slot.axis == "in" and slot.module in row:
+                in_groups[row[slot.module], g] += 1
+                in_fixed[row[slot.module]] -= group.channels
+            elif slot.axis == "out":
+                if slot.module in row:
+                    out_groups[row[slot.module], g] += 1
+                    out_fixed[row[slot.module]] -= group.channels
+                vector_params[g] += vectors[slot.module]
+                vector_fixed -= vectors[slot.module] * group.channels
+    dense = np.array([group.channels for group in groups], dtype=np.int64)
+    return CostModel(
+        kernel_macs,
+        kernel_params,
+        in_groups,
+        in_fixed,
+        out_groups,
+        out_fixed,
+        vector_params,
+        vector_fixed,
+        dense,
+    )

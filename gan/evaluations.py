@@ -1,0 +1,230 @@
+"""The evaluation log: every scored plan, counted, cached and appended to one file.
+
+It is at once the cache (a plan is never scored twice), the count (what a search has spent) and the
+resume (a run repeated from its seed reads the log until it gets to new plans).
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gan.cost import CostKind, CostModel
+from gan.errors import UserError
+from gan.groups import ChannelGroup
+from gan.plans import Plan
+
+FAMILIES: dict[str, str] = {
+    "crowd_gap": "density",
+    "arrangement_gap": "density",
+    "mmd_gap": "fidelity",
+    "real_gap": "fidelity",
+    "l1_gap": "fidelity",
+    "feature_gap": "fidelity",
+    "balance_gap": "balance",
+}
+"""Reward term → family. Every gap is ≥ 0 and 0 for the dense pair."""
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What the scorer says of a plan.
+
+    Attributes:
+        gaps: distance from the dense pair by term, ≥ 0, 0 = identical; keys of ``FAMILIES``.
+        diagnostics: further finite numbers worth logging; never part of a reward.
+    """
+
+    gaps: Mapping[str, float]
+    diagnostics: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PrunableNetwork:
+    """What a search may know of one network: everything but its weights.
+
+    Attributes:
+        kind: ``generator`` or ``discriminator``.
+        groups: channel groups in forward order.
+        multiple: widths are multiples of it (or the group's full width); at least one is kept.
+        cost: closed-form cost of the widths.
+        cost_kind: the cost that budgets speak of.
+        importance: per group (channels,) importance of the channels, in descending order, > 0.
+    """
+
+    kind: str
+    groups: tuple[ChannelGroup, ...]
+    multiple: int
+    cost: CostModel
+    cost_kind: CostKind
+    importance: tuple[NDArray[np.float64], ...]
+
+    @property
+    def channels(self) -> NDArray[np.int64]:
+        """(n,) dense widths."""
+        return np.array([group.channels for group in self.groups], dtype=np.int64)
+
+    @property
+    def minimum(self) -> NDArray[np.int64]:
+        """(n,) smallest allowed widths: one multiple, or the full width where that is smaller."""
+        return np.minimum(self.multiple, self.channels)
+
+    def cost_of(self, widths: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Cost in ``cost_kind`` units; ``widths`` is (..., n), the result (...)."""
+        return self.cost.of(self.cost_kind, widths)
+
+
+class PlanScorer(Protocol):
+    """Anything that scores plans: the real scorer, or an analytic one."""
+
+    @property
+    def networks(self) -> Mapping[str, PrunableNetwork]:
+        """Agent → network, in the order of the agents (generators first)."""
+
+    @property
+    def ranking(self) -> str:
+        """Name of the channel ranking that plans refer to."""
+
+    @property
+    def fingerprint(self) -> Mapping[str, str]:
+        """What the scores depend on (hashes of weights, probe, extractor, formulas)."""
+
+    def score(self, plan: Plan) -> Scores:
+        """Score a plan; deterministic."""
+
+
+class LogMismatch(UserError):
+    """The log was written with other weights, images or formulas."""
+
+
+class EvaluationLog:
+    """Append-only ``evaluations.jsonl``: a header line, then one line per scored plan.
+
+    A torn last line (the process died while writing) is dropped on reading and cut off before the
+    next append.
+
+    Raises:
+        LogMismatch: if the file was written by a scorer with another fingerprint.
+    """
+
+    def __init__(self, path: Path, fingerprint: Mapping[str, str]) -> None:
+        self.path = path
+        self.scores: dict[str, Scores] = {}
+        self.counted: list[str] = []
+        header = {"format": 1, **fingerprint}
+        if not path.exists():
+            path.write_text(json.dumps(header) + "\n")
+            return
+        raw = path.read_bytes()
+        whole = raw[: raw.rfind(b"\n") + 1]
+        if len(whole) < len(raw):
+            with path.open("r+b") as handle:
+                handle.truncate(len(whole))
+        lines = whole.decode().splitlines()
+        if not lines:
+            path.write_text(json.dumps(header) + "\n")
+            return
+        found = json.loads(lines[0])
+        wrong = sorted(key for key in {*header, *found} if header.get(key) != found.get(key))
+        if wrong:
+            raise LogMismatch(
+                f"{path} was written with another {', '.join(wrong)}; its scores cannot be mixed with new "
+                "ones: start a new run instead of resuming this one"
+            )
+        for line in lines[1:]:
+            entry = json.loads(line)
+            key = Plan.from_dict(entry["plan"]).key
+            self.scores[key] = Scores(entry["gaps"], entry["diagnostics"])
+            if entry["counted"]:
+                self.counted.append(key)
+
+    def append(self, plan: Plan, scores: Scores, counted: bool, seconds: float) -> None:
+        entry = {
+            "plan": plan.to_dict(),
+            "gaps": dict(scores.gaps),
+            "diagnostics": dict(scores.diagnostics),
+            "counted": counted,
+            "seconds": round(seconds, 4),
+        }
+        with self.path.open("a") as handle:
+            handle.write(json.dumps(entry) + "\n")
+        self.scores[plan.key] = scores
+
+
+class CountedScorer:
+    """A scorer with a cache, a log and a count.
+
+    An *evaluation* is the first time that this run requests a plan, whether its score is computed
+    or read from the log. Reference plans (``counted=False``) are free. A search ends after
+    ``limit`` evaluations, or 4 × ``limit`` requests: a policy that repeats itself must end too.
+
+    Attributes:
+        evaluations: distinct plans that this run has requested.
+        requests: all requests of this run.
+        computed: requests that were really computed.
+        replay_left: position in the log at which the run left it, or None while it follows.
+    """
+
+    def __init__(
+        self, scorer: PlanScorer, log: EvaluationLog | None = None, limit: int | None = None
+    ) -> None:
+        self.scorer = scorer
+        self.log = log
+        self.limit = limit
+        self.evaluations = self.requests = self.computed = 0
+        self.replay_left: int | None = None
+        self._cache: dict[str, Scores] = dict(log.scores) if log else {}
+        self._replay: list[str] = list(log.counted) if log else []
+        self._seen: set[str] = set()
+
+    @property
+    def networks(self) -> Mapping[str, PrunableNetwork]:
+        return self.scorer.networks
+
+    @property
+    def ranking(self) -> str:
+        return self.scorer.ranking
+
+    @property
+    def exhausted(self) -> bool:
+        """True once the search has spent its evaluations or its requests."""
+        return self.limit is not None and (self.evaluations >= self.limit or self.requests >= 4 * self.limit)
+
+    def score(self, plan: Plan, *, counted: bool = True) -> Scores:
+        """Score a plan, from the cache when it is known.
+
+        Raises:
+            ValueError: if the scorer returns a gap that is negative or not finite.
+        """
+        key = plan.key
+        if counted:
+            self.requests += 1
+            if key not in self._seen:
+                self._follow_replay(key)
+                self._seen.add(key)
+                self.evaluations += 1
+        if key in self._cache:
+            return self._cache[key]
+        start = time.perf_counter()
+        scores = self.scorer.score(plan)
+        for term, gap in scores.gaps.items():
+            if not math.isfinite(gap) or gap < 0:
+                raise ValueError(f"{term} of plan {key} is {gap}; a gap must be finite and at least 0")
+        self.computed += 1
+        self._cache[key] = scores
+        if self.log is not None:
+            self.log.append(plan, scores, counted, time.perf_counter() - start)
+        return scores
+
+    def _follow_replay(self, key: str) -> None:
+        place = self.evaluations
+        if self.replay_left is None and place < len(self._replay) and self._replay[place] != key:
+            self.replay_left = place

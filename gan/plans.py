@@ -1,0 +1,64 @@
+"""What a search looks for: a plan says how many channels every group of every network keeps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The kept width of each channel group of each network; hashable and replayable.
+
+    Attributes:
+        entries: one ``(agent, widths)`` pair per network, in the order of the agents; widths are
+            kept channels per group, in the forward order of the groups.
+        ranking: name of the channel ranking that says *which* channels a width keeps (the first
+            ``width`` of the ranking); two plans with equal widths and different rankings differ.
+    """
+
+    entries: tuple[tuple[str, tuple[int, ...]], ...]
+    ranking: str = ""
+
+    @classmethod
+    def of(cls, widths: Mapping[str, Sequence[int]], ranking: str = "") -> Plan:
+        """Build a plan from ``{agent: widths}``; numpy integers are turned into ints."""
+        entries = tuple((agent, tuple(int(w) for w in row)) for agent, row in widths.items())
+        return cls(entries, ranking)
+
+    @property
+    def agents(self) -> tuple[str, ...]:
+        return tuple(agent for agent, _ in self.entries)
+
+    def __getitem__(self, agent: str) -> tuple[int, ...]:
+        for name, widths in self.entries:
+            if name == agent:
+                return widths
+        raise KeyError(f"the plan has no network {agent!r}; it has {', '.join(self.agents)}")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.agents)
+
+    def replace(self, agent: str, widths: Sequence[int]) -> Plan:
+        """The same plan with other widths for one network."""
+        self[agent]  # raises for an unknown agent
+        return Plan.of({name: widths if name == agent else row for name, row in self.entries}, self.ranking)
+
+    def to_dict(self) -> dict[str, object]:
+        """A JSON-ready form; :meth:`from_dict` reads it back."""
+        return {"widths": {agent: list(widths) for agent, widths in self.entries}, "ranking": self.ranking}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, object]) -> Plan:
+        widths = data.get("widths")
+        if not isinstance(widths, Mapping):
+            raise ValueError(
+                f"a plan needs the key 'widths' with one list per network; got keys {sorted(data)}"
+            )
+        return cls.of(widths, str(data.get("ranking", "")))
+
+    @property
+    def key(self) -> str:
+        """A canonical string: equal plans have equal keys, across processes and versions."""
+        return json.dumps(self.to_dict(), separators=(",", ":"))

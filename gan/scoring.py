@@ -1,0 +1,218 @@
+"""The scorer: how far a pruned pair is from the dense pair, on images that nothing was trained on."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from gan.balance import balance_gap
+from gan.checkpoints import state_hash, tensors_hash
+from gan.cost import CostKind, CostModel
+from gan.data import PairedImages
+from gan.density import Neighbourhoods
+from gan.elastic import ElasticNetwork
+from gan.evaluations import PrunableNetwork, Scores
+from gan.features import Extractor
+from gan.fidelity import KernelReference
+from gan.losses import paired_input
+from gan.norm_statistics import recompute_statistics
+from gan.plans import Plan
+
+FORMULAS = "1"
+"""Raised whenever a gap's formula changes: scores of different formulas must not meet in one log."""
+
+
+@torch.no_grad()
+def run_batched(network: nn.Module, inputs: Tensor, batch_size: int = 32) -> Tensor:
+    """Outputs of a network for many inputs, without gradients; (N, …) → (N, …)."""
+    return torch.cat([network(chunk) for chunk in inputs.split(batch_size)])
+
+
+class Yardstick:
+    """The dense pair's behaviour on a fixed set of images, and the distance of others from it.
+
+    Args:
+        generator: dense, in evaluation mode.
+        discriminator: dense, in evaluation mode; it sees input and image stacked.
+        pairs: the images.
+        extractor: image → feature vector.
+    """
+
+    def __init__(
+        self, generator: nn.Module, discriminator: nn.Module, pairs: PairedImages, extractor: Extractor
+    ) -> None:
+        device = next(generator.parameters()).device
+        self.pairs, self.extractor = pairs, extractor
+        self.inputs, self.targets = (images.to(device) for images in pairs.tensors())
+        self.outputs = run_batched(generator, self.inputs)
+        self.features = extractor(self.outputs)
+        self.real_features = extractor(self.targets)
+        self.neighbourhoods = Neighbourhoods.build(self.features)
+        self.to_dense = KernelReference(self.features)
+        self.to_real = KernelReference(self.real_features)
+        self.dense_to_real = self.to_real.mmd2(self.features)
+        self.feature_spread = float((self.features - self.features.mean(0)).norm(dim=1).mean())
+        self.real_logits = run_batched(discriminator, paired_input(self.inputs, self.targets))
+        self.fake_logits = run_batched(discriminator, paired_input(self.inputs, self.outputs))
+
+    def generator_gaps(
+        self, outputs: Tensor, features: Tensor | None = None
+    ) -> tuple[dict[str, float], dict[str, float]]:
+        """Every gap that the generator alone decides, and diagnostics.
+
+        Args:
+            outputs: (N, 3, H, W) of the pruned generator for the yardstick's inputs.
+            features: their features, when they are known already.
+        """
+        features = self.extractor(outputs) if features is None else features
+        gaps = {
+            "crowd_gap": self.neighbourhoods.crowd_gap(features),
+            "arrangement_gap": self.neighbourhoods.arrangement_gap(features),
+            "mmd_gap": max(0.0, self.to_dense.mmd2(features)),
+            "real_gap": max(0.0, self.to_real.mmd2(features) - self.dense_to_real),
+            "l1_gap": float((outputs - self.outputs).abs().mean()),
+            "feature_gap": float((features - self.features).norm(dim=1).mean()) / self.feature_spread,
+        }
+        return gaps, {"arrangement_mean": self.neighbourhoods.arrangement_mean(features)}
+
+    def discriminator_logits(self, discriminator: nn.Module) -> tuple[Tensor, Tensor]:
+        """Logits of a pruned discriminator on the real images and on the dense generator's outputs."""
+        real = run_batched(discriminator, paired_input(self.inputs, self.targets))
+        return real, run_batched(discriminator, paired_input(self.inputs, self.outputs))
+
+    def balance_gap(
+        self, outputs: Tensor, discriminator: nn.Module, logits: tuple[Tensor, Tensor] | None = None
+    ) -> float:
+        """How far the pruned pair's balance is from the dense pair's."""
+        real, dense_fake = self.discriminator_logits(discriminator) if logits is None else logits
+        fake = run_batched(discriminator, paired_input(self.inputs, outputs))
+        return balance_gap(self.real_logits, self.fake_logits, real, fake, dense_fake)
+
+
+@dataclass(frozen=True)
+class PairAgent:
+    """One network as the scorer holds it.
+
+    Attributes:
+        elastic: the weights that slices come from.
+        cost: closed-form cost.
+        statistics_inputs: (M, C, H, W) on which the BatchNorm statistics of every slice are recomputed.
+    """
+
+    elastic: ElasticNetwork
+    cost: CostModel
+    statistics_inputs: Tensor
+
+
+class Scorer:
+    """Plan → gaps, on the whole probe.
+
+    Generator outputs are cached by generator widths and discriminators by theirs, so a move of one
+    network alone costs only the other's passes.
+
+    Args:
+        generator, discriminator: the two networks.
+        yardstick: the dense pair on the probe.
+        multiple: widths are multiples of it.
+        cost_kind: what budgets speak of.
+        ranking: name of the channel ranking.
+        cache: how many slices of each network are remembered.
+    """
+
+    def __init__(
+        self,
+        generator: PairAgent,
+        discriminator: PairAgent,
+        yardstick: Yardstick,
+        *,
+        multiple: int,
+        cost_kind: CostKind = "macs",
+        ranking: str = "l1",
+        cache: int = 8,
+    ) -> None:
+        self._agents = {"generator": generator, "discriminator": discriminator}
+        self._yardstick = yardstick
+        self._ranking = ranking
+        self._networks = {
+            kind: PrunableNetwork(
+                kind=kind,
+                groups=agent.elastic.slicer.groups,
+                multiple=multiple,
+                cost=agent.cost,
+                cost_kind=cost_kind,
+                importance=tuple(row.cpu().double().numpy() for row in agent.elastic.importance),
+            )
+            for kind, agent in self._agents.items()
+        }
+        self._cache_size = cache
+        self._made: OrderedDict[tuple[int, ...], tuple[Tensor, dict[str, float], dict[str, float]]] = (
+            OrderedDict()
+        )
+        self._critics: OrderedDict[tuple[int, ...], tuple[nn.Module, tuple[Tensor, Tensor]]] = OrderedDict()
+        self._fingerprint = {
+            "weights": tensors_hash(
+                {
+                    f"{k}.{name}": t
+                    for k, agent in self._agents.items()
+                    for name, t in agent.elastic.tensors.items()
+                }
+            ),
+            "probe": tensors_hash(
+                {"inputs": yardstick.inputs, "targets": yardstick.targets, "dense": yardstick.outputs}
+            ),
+            "extractor": f"{yardstick.extractor.name} {yardstick.extractor.fingerprint}",
+            "formulas": FORMULAS,
+        }
+
+    @property
+    def networks(self) -> Mapping[str, PrunableNetwork]:
+        return self._networks
+
+    @property
+    def ranking(self) -> str:
+        return self._ranking
+
+    @property
+    def fingerprint(self) -> Mapping[str, str]:
+        return self._fingerprint
+
+    def slice(self, agent: str, widths: Sequence[int], shared: bool = False) -> nn.Module:
+        """A slice with its own BatchNorm statistics: what is scored, and what finetuning starts from."""
+        held = self._agents[agent]
+        return recompute_statistics(held.elastic.network(widths, shared), held.statistics_inputs)
+
+    def _generated(self, widths: tuple[int, ...]) -> tuple[Tensor, dict[str, float], dict[str, float]]:
+        if widths not in self._made:
+            outputs = run_batched(self.slice("generator", widths, shared=True), self._yardstick.inputs)
+            self._made[widths] = (outputs, *self._yardstick.generator_gaps(outputs))
+            if len(self._made) > self._cache_size:
+                self._made.popitem(last=False)
+        return self._made[widths]
+
+    def _critic(self, widths: tuple[int, ...]) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+        if widths not in self._critics:
+            critic = self.slice("discriminator", widths, shared=True)
+            self._critics[widths] = critic, self._yardstick.discriminator_logits(critic)
+            if len(self._critics) > self._cache_size:
+                self._critics.popitem(last=False)
+        return self._critics[widths]
+
+    def score(self, plan: Plan) -> Scores:
+        """All gaps of a plan; deterministic for a given version, device and thread count."""
+        if plan.ranking != self._ranking:
+            raise ValueError(
+                f"the plan ranks channels by {plan.ranking!r}; these weights by {self._ranking!r}"
+            )
+        outputs, gaps, diagnostics = self._generated(plan["generator"])
+        critic, logits = self._critic(plan["discriminator"])
+        balance = self._yardstick.balance_gap(outputs, critic, logits)
+        return Scores({**gaps, "balance_gap": balance}, diagnostics)
+
+
+def dense_hashes(generator: nn.Module, discriminator: nn.Module) -> dict[str, str]:
+    """Hashes of the dense pair, to show that nothing changed it."""
+    return {"generator": state_hash(generator), "discriminator": state_hash(discriminator)}

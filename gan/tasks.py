@@ -1,0 +1,211 @@
+"""Named tasks: ready data, dense pair and scorer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from gan.checkpoints import load_network, load_tensors, save_tensors, tensors_hash
+from gan.cost import CostKind, build_cost_model
+from gan.data import PairedImages, embedded_pairs
+from gan.elastic import ElasticNetwork, order_channels
+from gan.errors import UserError, unknown
+from gan.features import load_extractor
+from gan.groups import ChannelGroup, find_groups
+from gan.losses import paired_input
+from gan.networks import Architecture
+from gan.scoring import PairAgent, Scorer, Yardstick, run_batched
+from gan.slicing import Slicer
+
+Start = Literal["elastic", "dense"]
+AGENTS = ("generator", "discriminator")
+ASSETS = Path(__file__).parent / "assets"
+TASKS: dict[str, str] = {
+    "edges2emoji": "Pix2Pix, 64 × 64: Canny edges → Noto emoji",
+}
+"""Embedded task → what it is."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """A dense pair, its images and what is needed to prune it.
+
+    Attributes:
+        name: key of ``TASKS``.
+        networks: agent → dense network, in evaluation mode; read-only.
+        architectures: agent → how to build it.
+        groups: agent → channel groups in forward order.
+        train, val, test: pairs for training, for every choice, and for the final figures.
+        multiple: widths are multiples of it.
+        elastic_path: elastic weights that come with the task, or None.
+    """
+
+    name: str
+    networks: Mapping[str, nn.Module]
+    architectures: Mapping[str, Architecture]
+    groups: Mapping[str, tuple[ChannelGroup, ...]]
+    train: PairedImages
+    val: PairedImages
+    test: PairedImages
+    multiple: int
+    elastic_path: Path | None
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.networks["generator"].parameters()).device
+
+    @property
+    def image_size(self) -> int:
+        """Height of the images, in pixels."""
+        return int(self.val.inputs.shape[-2])
+
+    def example(self, agent: str) -> Tensor:
+        """One input of the network, (1, C, H, W)."""
+        image = torch.zeros(1, *self.val.inputs.shape[1:], device=self.device)
+        return image if agent == "generator" else paired_input(image, image)
+
+    def ordered(self) -> dict[str, ElasticNetwork]:
+        """The dense weights with their channels in order of importance."""
+        return {agent: order_channels(self.networks[agent], self.groups[agent]) for agent in AGENTS}
+
+    def shipped_elastic(self) -> dict[str, ElasticNetwork]:
+        """The elastic weights that come with the task.
+
+        Raises:
+            UserError: there are none, or they belong to another dense pair.
+        """
+        if self.elastic_path is None:
+            raise UserError(
+                f"task {self.name!r} comes without elastic weights; train them first, or use --start dense"
+            )
+        return load_elastic(self.elastic_path, self)
+
+    def elastic_weights(self, start: Start) -> dict[str, ElasticNetwork]:
+        """What plans are cut from: the shipped elastic weights or the raw dense ones."""
+        if start not in ("elastic", "dense"):
+            raise unknown("start", start, ("elastic", "dense"))
+        return self.ordered() if start == "dense" else self.shipped_elastic()
+
+    def scorer(
+        self,
+        cost: CostKind = "macs",
+        start: Start = "elastic",
+        *,
+        weights: Mapping[str, ElasticNetwork] | None = None,
+        probe: int | None = None,
+        statistics_images: int = 64,
+    ) -> Scorer:
+        """A scorer on the val images.
+
+        Args:
+            cost: what budgets speak of.
+            start: where slices come from, unless ``weights`` hands them in.
+            weights: agent → elastic weights.
+            probe: number of val images; all of them by default.
+            statistics_images: train images on which every slice's BatchNorm statistics are recomputed.
+        """
+        if cost not in ("macs", "params"):
+            raise unknown("cost", cost, ("macs", "params"))
+        weights = self.elastic_weights(start) if weights is None else weights
+        pairs = self.val if probe is None else self.val.take(probe)
+        extractor = load_extractor(device=self.device)
+        yardstick = Yardstick(self.networks["generator"], self.networks["discriminator"], pairs, extractor)
+        shown = self.statistics_inputs(statistics_images)
+        agents = {
+            agent: PairAgent(
+                weights[agent],
+                build_cost_model(self.networks[agent], self.groups[agent], [self.example(agent)]),
+                shown[agent],
+            )
+            for agent in AGENTS
+        }
+        return Scorer(
+            agents["generator"],
+            agents["discriminator"],
+            yardstick,
+            multiple=self.multiple,
+            cost_kind=cost,
+            ranking="l1",
+        )
+
+    def statistics_inputs(self, images: int) -> dict[str, Tensor]:
+        """Train images for BatchNorm statistics: real and made ones apart, as the discriminator was trained."""
+        inputs, targets = (x.to(self.device) for x in self.train.take(images).tensors())
+        made = run_batched(self.networks["generator"], inputs)
+        real, fake = paired_input(inputs, targets), paired_input(inputs, made)
+        return {"generator": inputs, "discriminator": torch.cat([real, fake])}
+
+
+@cache
+def load_task(name: str = "edges2emoji", device: str = "cpu") -> Task:
+    """A named task, with its pretrained pair.
+
+    Raises:
+        UserError: unknown name, or weight files that are missing or damaged.
+    """
+    if name not in TASKS:
+        raise unknown("task", name, TASKS)
+    folder = ASSETS / name
+    networks, architectures, groups = {}, {}, {}
+    train, val, test = (embedded_pairs(name, split) for split in ("train", "val", "test"))  # type: ignore[arg-type]
+    for agent in AGENTS:
+        network, architecture, _ = load_network(folder / f"{agent}.safetensors")
+        network = network.to(device).requires_grad_(False)
+        example = torch.zeros(1, architecture.in_channels, *val.inputs.shape[-2:], device=device)
+        networks[agent], architectures[agent] = network, architecture
+        groups[agent] = find_groups(network, [example])
+    elastic = folder / "elastic.safetensors"
+    found = elastic if elastic.is_file() else None
+    return Task(name, networks, architectures, groups, train, val, test, 4, found)
+
+
+def save_elastic(path: Path, weights: Mapping[str, ElasticNetwork], task: Task) -> Path:
+    """Write the elastic weights of a task to one safetensors file: kernels fp16, the rest as it is.
+
+    The dense pair's hash goes in, so that weights never meet a pair that they were not made from.
+    """
+    tensors: dict[str, Tensor] = {}
+    for agent, network in weights.items():
+        tensors |= {f"{agent}/weights/{name}": tensor for name, tensor in network.tensors.items()}
+        for kind, rows in (("order", network.orders), ("importance", network.importance)):
+            tensors |= {f"{agent}/{kind}/{index}": row for index, row in enumerate(rows)}
+        tensors[f"{agent}/made_from"] = _hash_tensor(task.networks[agent])
+    return save_tensors(path, tensors, half=True)
+
+
+def load_elastic(path: Path, task: Task) -> dict[str, ElasticNetwork]:
+    """Read :func:`save_elastic` back.
+
+    Raises:
+        UserError: missing or damaged file, or one that was made from another dense pair.
+    """
+    tensors = load_tensors(path)
+    result = {}
+    for agent in AGENTS:
+        made_from = tensors.get(f"{agent}/made_from")
+        if made_from is None or not torch.equal(made_from, _hash_tensor(task.networks[agent])):
+            raise UserError(
+                f"the elastic weights {path} were made from another {agent} than task {task.name!r} has; "
+                "make them again: python experiments/train_elastic.py"
+            )
+        groups = task.groups[agent]
+        prefix = f"{agent}/weights/"
+        weights = {
+            name.removeprefix(prefix): t.to(task.device)
+            for name, t in tensors.items()
+            if name.startswith(prefix)
+        }
+        orders = tuple(tensors[f"{agent}/order/{index}"] for index in range(len(groups)))
+        importance = tuple(tensors[f"{agent}/importance/{index}"] for index in range(len(groups)))
+        result[agent] = ElasticNetwork(Slicer(task.networks[agent], groups), weights, orders, importance)
+    return result
+
+
+def _hash_tensor(network: nn.Module) -> Tensor:
+    return torch.tensor(list(bytes.fromhex(tensors_hash(network.state_dict()))), dtype=torch.uint8)

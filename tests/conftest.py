@@ -1,0 +1,31 @@
+"""What every test shares: one thread, fixed seeds."""
+
+from __future__ import annotations
+
+import os
+
+# Set before torch and ONNX Runtime are loaded: small tensors on many threads are slower, several
+# test processes share the cores, and sums must not depend on how many cores there are.
+for variable in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"):
+    os.environ.setdefault(variable, "1")
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import settings
+
+torch.set_num_threads(1)
+
+# Shared machines stall at times, so an example may take as long as it likes; the same examples in every run.
+settings.register_profile("project", deadline=None, derandomize=True)
+settings.load_profile("project")
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seeds() -> None:
+    """No test depends on the order of the tests."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 - libraries that we call may still use the global generator
+    torch.manual_seed(0)

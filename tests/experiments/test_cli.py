@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import pytest
+
+from experiments import cli
+from gan.errors import UserError
+
+
+@dataclass(frozen=True)
+class Inner:
+    density: float = 0.1
+
+
+@dataclass(frozen=True)
+class Options:
+    """Some options."""
+
+    seed: int = 0
+    quick: bool = False
+    weights: Inner = field(default_factory=Inner)
+
+    def __post_init__(self) -> None:
+        if self.seed < 0:
+            raise UserError("the seed is negative; take 0 or more")
+
+
+def raising(error: BaseException) -> Callable[[Options], None]:
+    def main(_options: Options) -> None:
+        raise error
+
+    return main
+
+
+def test_nested_options_reach_main() -> None:
+    seen: list[Options] = []
+    cli.run(seen.append, Options, "x", arguments=["--weights.density", "0.5", "--quick"])
+    assert seen == [Options(quick=True, weights=Inner(0.5))]
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "message"),
+    [
+        (UserError("the cat is on the keyboard; lift it"), 2, "error: the cat is on the keyboard; lift it\n"),
+        (KeyboardInterrupt(), 130, "\nstopped by Ctrl-C; what is written so far stays\n"),
+        (KeyboardInterrupt("stopped; go on with --resume x"), 130, "\nstopped; go on with --resume x\n"),
+    ],
+)
+def test_errors_become_a_sentence_and_an_exit_code(
+    error: BaseException, code: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        cli.run(raising(error), Options, "x", arguments=[])
+    assert exit_info.value.code == code
+    assert capsys.readouterr().err == message
+
+
+def test_a_defect_keeps_its_traceback() -> None:
+    with pytest.raises(ValueError, match="a bug"):
+        cli.run(raising(ValueError("a bug")), Options, "x", arguments=[])
+
+
+def test_options_that_refuse_themselves_exit_with_2(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        cli.run(raising(AssertionError()), Options, "x", arguments=["--seed", "-1"])
+    assert exit_info.value.code == 2
+    assert "the seed is negative" in capsys.readouterr().err

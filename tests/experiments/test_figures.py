@@ -1,0 +1,148 @@
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from PIL import Image
+
+from experiments.figures import (
+    MOST_SERIES,
+    NetworkWidths,
+    Series,
+    band,
+    curves,
+    moving_average,
+    samples,
+    save_figure,
+    save_image,
+    widths,
+)
+from gan.errors import UserError
+from gan.groups import ChannelGroup
+
+Frames = Callable[..., pd.DataFrame]
+
+
+def test_moving_average_by_hand() -> None:
+    evaluations = np.array([10.0, 20.0, 20.0, 40.0, 50.0])
+    values = np.array([1.0, 3.0, 5.0, np.nan, 7.0])
+    # (0, 10]: 1; (0, 20]: 1, 3, 5; (20, 40]: none; (30, 50]: 7
+    expected = [1.0, 3.0, 3.0, np.nan, 7.0]
+    np.testing.assert_allclose(moving_average(evaluations, values, 20), expected)
+    np.testing.assert_allclose(moving_average(evaluations, values, 1000), [1.0, 3.0, 3.0, 3.0, 4.0])
+
+
+def test_band_of_one_run_is_its_own_curve(frame: Frames) -> None:
+    one = frame(episodes=5)
+    shape = band(Series("a", (one,)), "return", window=1)
+    assert shape is not None
+    np.testing.assert_allclose(shape.x, [10, 20, 30, 40, 50])
+    np.testing.assert_allclose(shape.mean, one["return"])
+    np.testing.assert_allclose(shape.low, shape.high)
+
+
+def test_band_spans_its_runs_where_all_of_them_are(frame: Frames) -> None:
+    low, high = frame(episodes=9), frame(episodes=5)
+    low["return"], high["return"] = 1.0, 4.0
+    shape = band(Series("a", (low, high, high)), "return", window=20)
+    assert shape is not None
+    assert (shape.x[0], shape.x[-1]) == (10, 50)
+    np.testing.assert_allclose(shape.mean, 3.0)
+    np.testing.assert_allclose(shape.low, 1.0)
+    np.testing.assert_allclose(shape.high, 4.0)
+
+
+def test_band_of_an_unknown_or_empty_column_is_none(frame: Frames) -> None:
+    one = frame()
+    one["best_potential"] = np.nan  # budgets were drawn
+    assert band(Series("a", (one,)), "best_potential", 20) is None
+    assert band(Series("a", (one,)), "crowd_gap.score", 20) is None
+
+
+def test_curves_have_a_panel_for_the_return_each_network_and_each_term(frame: Frames) -> None:
+    figure = curves([Series("mappo", (frame(),))], window=1, title="edges2emoji")
+    titles = [axes.get_title("left") for axes in figure.axes]
+    assert titles == [
+        "return of an episode: improvement over uniform pruning (0)",
+        "sparsity of the generator",
+        "sparsity of the discriminator",
+        "fidelity: MMD² to dense",
+        "fidelity: distance to real (weight 0)",
+    ]
+    assert all(axes.get_xlabel() == "evaluations" and axes.get_ylabel() for axes in figure.axes)
+    np.testing.assert_allclose(figure.axes[0].lines[0].get_ydata(), frame()["return"])
+    np.testing.assert_allclose(figure.axes[1].lines[0].get_ydata(), 0.9)
+    np.testing.assert_allclose(figure.axes[1].lines[1].get_ydata(), 1 - 0.1**0.5)
+    assert "edges2emoji" in figure.get_suptitle()
+
+
+def test_curves_of_several_runs_have_a_legend_and_a_spread(frame: Frames) -> None:
+    series = [Series("mappo", (frame(seed=1), frame(seed=2))), Series("random", (frame(seed=3),))]
+    figure = curves(series, window=20)
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert labels == ["mappo (2 runs)", "random (1 run)"]
+    assert len(figure.axes[0].collections) == 1  # one band: the runs that have several seeds
+    colours = {line.get_color() for line in figure.axes[3].lines[:2]}
+    markers = {line.get_marker() for line in figure.axes[3].lines[:2]}
+    assert len(colours) == len(markers) == 2
+
+
+def test_too_many_series_are_refused(frame: Frames) -> None:
+    with pytest.raises(UserError, match="told apart"):
+        curves([Series(str(i), (frame(),)) for i in range(MOST_SERIES + 1)])
+
+
+def test_widths_are_bars_inside_outlines() -> None:
+    generator = NetworkWidths("generator", ("conv", "up"), (32, 64), uniform=(8, 16), pruned=(16, 8))
+    discriminator = NetworkWidths("discriminator", ("conv",), (64,), uniform=(32,), pruned=(32,))
+    figure = widths([generator, discriminator])
+    left, right = figure.axes
+    assert [bar.get_height() for bar in left.patches] == [0.5, 0.125, 0.25, 0.25]
+    assert [bar.get_fill() for bar in left.patches] == [True, True, False, False]
+    assert [label.get_text() for label in left.get_xticklabels()] == ["conv\n16 of 32", "up\n8 of 64"]
+    assert left.get_title("left") == "generator: 24 of 96 channels kept"
+    assert [bar.get_height() for bar in right.patches] == [0.5, 0.5]
+
+
+def test_widths_label_groups_by_what_makes_them() -> None:
+    group = ChannelGroup("up", 64, (), kind="transposed", kernel=4, stride=2, resolution=16)
+    assert NetworkWidths.of("generator", (group,), (8,), (4,)).layers == ("up\n16 px",)
+
+
+def test_samples_keep_every_pixel_square_and_exact() -> None:
+    images = torch.rand(3, 3, 8, 8) * 2 - 1
+    sheet = np.asarray(samples({"a": images[:, :1], "b": images}, rows=2, pixels=32))
+    levels = ((images[1].numpy().astype(np.float64) + 1) * 127.5).round().astype(np.uint8)
+    expected = levels.repeat(4, axis=1).repeat(4, axis=2).transpose(1, 2, 0)
+    # the second row of the last column stands in the corner, inside a margin of 12 pixels
+    np.testing.assert_array_equal(sheet[-44:-12, -44:-12], expected)
+
+
+def test_samples_refuse_columns_that_do_not_match() -> None:
+    with pytest.raises(ValueError, match="same number and size"):
+        samples({"a": torch.zeros(2, 3, 8, 8), "b": torch.zeros(3, 3, 8, 8)})
+
+
+def test_figures_are_written_in_the_format_of_their_name(tmp_path: Path) -> None:
+    figure = widths([NetworkWidths("generator", ("conv",), (32,), uniform=(8,), pruned=(16,))])
+    image = Image.open(io.BytesIO(save_figure(figure, tmp_path / "a.png").read_bytes()))
+    assert (image.format, image.size) == (
+        "PNG",
+        tuple(int(130 * inches) for inches in figure.get_size_inches()),
+    )
+    assert save_figure(figure, tmp_path / "a.pdf").read_bytes().startswith(b"%PDF")
+    with pytest.raises(UserError, match="must end in"):
+        save_figure(figure, tmp_path / "a.txt")
+    with pytest.raises(UserError, match="does not exist"):
+        save_figure(figure, tmp_path / "none" / "a.png")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.pdf", "a.png"]
+
+
+def test_images_are_written_as_png(tmp_path: Path) -> None:
+    path = save_image(samples({"a": torch.zeros(1, 3, 8, 8)}), tmp_path / "s.png")
+    assert Image.open(io.BytesIO(path.read_bytes())).mode == "RGB"

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from experiments import cli, plot
+from experiments.plot import DESCRIPTION, EXAMPLES, Options, flatten, group, main
+from experiments.runs import RunFolder, read_run
+
+
+def call(arguments: Sequence[str]) -> None:
+    cli.run(main, Options, DESCRIPTION, EXAMPLES, arguments)
+
+
+def test_runs_of_one_kind_become_one_series(make_run: Callable[..., RunFolder]) -> None:
+    folders = [make_run(seed=seed) for seed in (0, 1, 2)] + [make_run(algo="random")]
+    title, series = group([read_run(folder.path) for folder in folders])
+    assert [(one.label, len(one.metrics)) for one in series] == [("mappo", 3), ("random", 1)]
+    assert title == "edges2emoji, budget 0.1"
+
+
+def test_labels_tell_what_differs(make_run: Callable[..., RunFolder]) -> None:
+    folders = [make_run(budget="0.1"), make_run(budget="0.25")]
+    title, series = group([read_run(folder.path) for folder in folders])
+    assert [one.label for one in series] == ["mappo, budget 0.1", "mappo, budget 0.25"]
+    assert title == "edges2emoji"
+
+
+def test_nested_options_are_flattened() -> None:
+    assert flatten({"seed": 0, "weights": {"density": 0.1}}) == {"seed": "0", "weights.density": "0.1"}
+
+
+def test_plot_writes_one_figure_of_several_runs(
+    tmp_path: Path, make_run: Callable[..., RunFolder], capsys: pytest.CaptureFixture[str]
+) -> None:
+    paths = [str(make_run(seed=seed).path) for seed in (0, 1)]
+    call([*paths, paths[0], "--output", str(tmp_path / "curves.png"), "--window", "30"])
+    with Image.open(tmp_path / "curves.png") as image:
+        assert image.width > 1000
+    assert "mappo (2)" in capsys.readouterr().out  # a run named twice counts once
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["--output", "x.png"], "no run to draw"),
+        (["nowhere", "--output", "x.png"], "does not exist"),
+        ([".", "--output", "x.png"], "no run folder"),
+        (["RUN", "--output", "x.jpeg"], "must end in"),
+        (["RUN", "--output", "nowhere/x.png"], "nowhere does not exist"),
+        (["RUN", "--output", "x.png", "--window", "0"], "--window is 0"),
+    ],
+)
+def test_bad_input_is_one_sentence_and_exit_code_2(
+    arguments: list[str],
+    sentence: str,
+    tmp_path: Path,
+    make_run: Callable[..., RunFolder],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = str(make_run().path)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exit_info:
+        call([run if argument == "RUN" else argument for argument in arguments])
+    assert exit_info.value.code == 2
+    message = capsys.readouterr().err
+    assert sentence in message
+    assert len(message.splitlines()) == 1
+    assert not (tmp_path / "x.png").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments", [["RUN"], ["RUN", "--output", "x.png", "--windw", "3"], ["--window", "a"]]
+)
+def test_unknown_options_and_wrong_types_exit_with_2(
+    arguments: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit_info:
+        call(arguments)
+    assert exit_info.value.code == 2
+    assert capsys.readouterr().err
+
+
+def test_help_shows_the_examples_first_on_one_screen(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "100")
+    with pytest.raises(SystemExit) as exit_info:
+        call(["--help"])
+    assert exit_info.value.code == 0
+    text = capsys.readouterr().out
+    places = [
+        text.index(part) for part in ("examples:", "Reward (total", "positional arguments", "Run folders")
+    ]
+    assert places == sorted(places)
+    assert all(command in text for command, _ in plot.EXAMPLES)
+    assert len(text.splitlines()) <= 45

@@ -1,0 +1,58 @@
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from gan.errors import UserError
+from gan.runtime import BatchRunner, ConvGraph, require, session
+
+RNG = np.random.default_rng(0)
+WEIGHT = RNG.standard_normal((4, 3, 3, 3)).astype(np.float32)
+BIAS = RNG.standard_normal(4).astype(np.float32)
+DEPTHWISE = RNG.standard_normal((4, 1, 1, 1)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def model() -> bytes:
+    graph = ConvGraph()
+    x = graph.relu6(graph.conv("x", WEIGHT, BIAS, stride=(2, 2), padding=(0, 1, 0, 1), groups=1))
+    y = graph.conv(x, DEPTHWISE, BIAS, stride=(1, 1), padding=(0, 0, 0, 0), groups=4)
+    return graph.model("x", (3, 8, 8), graph.pool(graph.add(x, y)), (4,))
+
+
+def eager(images: torch.Tensor) -> torch.Tensor:
+    weight, bias, depthwise = map(torch.from_numpy, (WEIGHT, BIAS, DEPTHWISE))
+    x = F.relu6(F.conv2d(F.pad(images, (0, 1, 0, 1)), weight, bias, stride=2))
+    return (x + F.conv2d(x, depthwise, bias, groups=4)).mean(dim=(2, 3))
+
+
+def test_a_built_graph_equals_torch(model):
+    images = torch.randn(5, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    made = session(model).run(None, {"x": images.numpy()})[0]
+    torch.testing.assert_close(torch.from_numpy(made), eager(images), atol=1e-5, rtol=1e-5)
+
+
+def test_a_session_opens_a_file(model, tmp_path):
+    path = tmp_path / "model.onnx"
+    path.write_bytes(model)
+    assert session(path, threads=2).run(None, {"x": np.zeros((2, 3, 8, 8), np.float32)})[0].shape == (2, 4)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+@pytest.mark.parametrize("batch_size", [1, 4, 11, 100])
+def test_batches_and_threads_do_not_matter(model, threads, batch_size):
+    images = RNG.standard_normal((11, 3, 8, 8)).astype(np.float32)
+    made = BatchRunner(model, threads, batch_size)(images)
+    np.testing.assert_allclose(made, eager(torch.from_numpy(images)).numpy(), atol=1e-5, rtol=1e-5)
+
+
+def test_a_missing_package_is_a_sentence():
+    with pytest.raises(UserError, match="pip install no_such_package"):
+        require("no_such_package.inner")
+
+
+def test_thread_and_batch_counts_are_checked(model):
+    with pytest.raises(ValueError, match="threads is 0"):
+        session(model, threads=0)
+    with pytest.raises(ValueError, match="batch_size 0"):
+        BatchRunner(model, threads=1, batch_size=0)
