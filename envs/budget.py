@@ -401,6 +401,7 @@ def increment_costs(network: PrunableNetwork, widths: NDArray[np.int64]) -> NDAr
 def decision_order(network: PrunableNetwork, widths: NDArray[np.int64]) -> NDArray[np.int64]:
     """(n,) group indices in the order of decisions: descending cost of one increment (ties: forward order).
 
-    The budget gives the last group: the one with the cheapest increments fills it best.
+    The budget gives the last group: the one with the cheapest increments fills it best. At 10 % of U-Net-64's
+    MACs (multiple 4) episodes of random actions end with 0.04 % of the budget unused, in forward order 3.6 %.
     """
     return np.argsort(-increment_costs(network, widths), kind="stable")

@@ -196,7 +196,7 @@ def group_facts(network: PrunableNetwork) -> GroupFacts:
         position=np.linspace(0.0, 1.0, n) if n > 1 else np.zeros(1),
         cost_share=1.0 - network.cost_of(cut) / whole,
         top=np.array([[share[: math.ceil(t * len(share))].sum() for t in TOP_SHARES] for share in shares]),
-        effective=np.array([math.exp(-np.sum(share * np.log(share))) / len(share) for share in shares]),
+        effective=np.array([math.exp(-np.sum(s * np.log(np.maximum(s, 1e-300)))) / len(s) for s in shares]),
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Literal, get_args
 
@@ -12,15 +11,8 @@ from gymnasium.utils import seeding
 from numpy.typing import NDArray
 from pettingzoo import ParallelEnv
 
-from envs.budget import (
-    COST_TOLERANCE,
-    Budget,
-    check_reachable,
-    keep_ratio,
-    kind_of,
-    project,
-    unused_share,
-)
+from envs.budget import COST_TOLERANCE, Budget, keep_ratio, kind_of, project, unused_share
+from envs.checks import check_budgets, check_networks, check_plan
 from envs.laps import Laps, lap_length
 from envs.observations import (
     LOCAL_FIELDS,
@@ -36,7 +28,7 @@ from envs.records import Episode, Evaluation, Listener
 from envs.references import References
 from envs.rewards import Weights, potential, term_rewards, term_scores
 from gan.errors import UserError, unknown
-from gan.evaluations import CountedScorer, PrunableNetwork
+from gan.evaluations import CountedScorer
 from gan.plans import Plan
 
 Vector = NDArray[np.float32]
@@ -80,7 +72,7 @@ class PruningEnv(ParallelEnv[str, Vector, Vector]):
     uniform, one unit = one typical difference between random plans; clipped to ± 5. The potential is their
     weighted sum, the reward its change, so that (undiscounted) an episode returns the potential of its last
     plan: the gain over uniform. With ``reward="final"`` the last step pays it all and only the last plan is
-        scored: one evaluation an episode.
+    scored: one evaluation an episode.
 
     ## Starting state
     The uniform plan. Budgets that are ranges are drawn log-uniformly, one per network;
@@ -163,8 +155,7 @@ class PruningEnv(ParallelEnv[str, Vector, Vector]):
         return self.action_spaces[agent]
 
     def prepare(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Score the reference plans (uncounted) that rewards are measured against; ``reset`` does it
-        otherwise.
+        """Score the uncounted plans that rewards are measured against; else the first ``reset`` does it.
 
         Args:
             progress: called with (plans done, plans in all) after each random plan.
@@ -256,8 +247,7 @@ class PruningEnv(ParallelEnv[str, Vector, Vector]):
     ) -> Evaluation:
         """Score a whole plan, as direct searches do.
 
-        A counted plan may become ``best`` and is told to the listener, as a plan and as an episode of its
-        own.
+        A counted plan may become ``best``; the listener is told of it as a plan and as an episode of its own.
 
         Args:
             plan: a feasible plan of all networks.
@@ -287,9 +277,16 @@ class PruningEnv(ParallelEnv[str, Vector, Vector]):
         Args:
             proportions: agent → (n,) > 0; only their ratios within a network matter.
             budgets: agent → keep ratio; by default the fixed ones, or those of the current episode.
+
+        Raises:
+            ValueError: if a network's proportions are missing, not one per group, or not positive and finite.
         """
         budgets = self._resolve_budgets(budgets)
         networks = self.scorer.networks
+        if set(proportions) != set(networks):
+            raise ValueError(
+                f"proportions are needed for {', '.join(networks)}; got {', '.join(proportions)}"
+            )
         widths = {
             agent: project(network, proportions[agent], budgets[agent]).widths.tolist()
             for agent, network in networks.items()
@@ -422,54 +419,3 @@ def peer_of(agent: str) -> str:
     """The adversary: ``generator_A`` ↔ ``discriminator_A``."""
     kind = kind_of(agent)
     return ("discriminator" if kind == "generator" else "generator") + agent[len(kind) :]
-
-
-def check_networks(networks: Mapping[str, PrunableNetwork]) -> None:
-    """Refuse networks that no observation has room for, or whose names say another kind."""
-    for agent, network in networks.items():
-        if kind_of(agent) != network.kind:
-            raise ValueError(
-                f"the agent {agent!r} has a {network.kind}; call it {network.kind!r} or {network.kind}_…"
-            )
-        if not network.groups:
-            raise UserError(f"{agent!r} has no channel group that could be pruned")
-    if not networks:
-        raise UserError("there is no network to prune")
-
-
-def check_budgets(networks: Mapping[str, PrunableNetwork], budgets: Mapping[str, Budget]) -> None:
-    """Refuse budgets of other agents than the networks', and unreachable ones, with the reachable range."""
-    for agent in budgets:
-        if agent not in networks:
-            raise unknown("agent in budgets", agent, networks)
-    for agent, network in networks.items():
-        if agent not in budgets:
-            raise UserError(
-                f"the agent {agent!r} has no budget; budgets are given for {', '.join(budgets) or 'none'}"
-            )
-        check_reachable(network, budgets[agent].low, agent)
-
-
-def check_plan(plan: Plan, networks: Mapping[str, PrunableNetwork], budgets: Mapping[str, float]) -> None:
-    """Refuse a plan of other networks, with widths off the grid, or above a budget."""
-    if set(plan.agents) != set(networks):
-        raise ValueError(
-            f"the plan is of {', '.join(plan.agents)}; the environment has {', '.join(networks)}"
-        )
-    for agent, network in networks.items():
-        widths = np.array(plan[agent])
-        if widths.shape != network.channels.shape:
-            raise ValueError(
-                f"the plan has {len(widths)} widths for {agent!r}; it has {len(network.groups)} groups"
-            )
-        on_grid = (widths % network.multiple == 0) | (widths == network.channels)
-        if not np.all(on_grid & (widths >= network.minimum) & (widths <= network.channels)):
-            raise ValueError(
-                f"widths of {agent!r} must be multiples of {network.multiple}, from "
-                f"{network.minimum.tolist()} to {network.channels.tolist()}; got {widths.tolist()}"
-            )
-        ratio = keep_ratio(network, widths)
-        if not (math.isfinite(ratio) and ratio <= budgets[agent] * (1 + COST_TOLERANCE)):
-            raise ValueError(
-                f"the plan keeps {ratio:.6f} of {agent!r}'s cost; its budget is {budgets[agent]:g}"
-            )

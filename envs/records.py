@@ -64,7 +64,7 @@ class Episode:
     best_potential: float | None
 
     def row(self) -> dict[str, float | int | None]:
-        """A flat form: ``return``, ``density`` (weighted family), ``mmd_gap.score``, ``generator.sparsity`` …"""
+        """One flat row: ``return``, ``density`` (weighted), ``mmd_gap.score``, ``generator.sparsity`` …"""
         families = dict.fromkeys(FAMILIES.values(), 0.0)
         for term, reward in self.term_rewards.items():
             families[FAMILIES[term]] += reward

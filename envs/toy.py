@@ -109,7 +109,8 @@ class ToyScorer:
       ``coupling`` × (mean d of the generator's second half - mean d of its first half): the best
       discriminator depends on the generator, and at the best generator t = 0.
 
-    So all gaps are 0 at ``optimum``, and only there among plans of its cost.
+    So all gaps are 0 at ``optimum``, and only there among plans of its cost. (The gaps of a real scorer are 0
+    for the dense pair; nothing here knows of it.)
 
     Args:
         networks: ``generator`` and ``discriminator``.

@@ -30,7 +30,7 @@ def prunable(task: Task, cost: str = "macs") -> dict[str, PrunableNetwork]:
         agent: PrunableNetwork(
             kind=agent,
             groups=task.groups[agent],
-            multiple=task.multiple,
+            multiple=task.multiples[agent],
             cost=build_cost_model(task.networks[agent], task.groups[agent], [task.example(agent)]),
             cost_kind=cost,  # type: ignore[arg-type]
             importance=(),
@@ -66,7 +66,7 @@ def warm_up(
         (task.networks["generator"], task.networks["discriminator"]),
         (ordered["generator"], ordered["discriminator"]),
         (smallest["generator"], smallest["discriminator"]),
-        task.multiple,
+        (task.multiples["generator"], task.multiples["discriminator"]),
         task.train,
         options,
         on_step,  # type: ignore[arg-type]

@@ -6,9 +6,9 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from tyro.conf import Positional
+from tyro.conf import Positional, arg
 
 from experiments import cli
 from experiments.figures import Series, check_format, curves, save_figure
@@ -30,7 +30,7 @@ APART = ("seed", "output", "resume")
 class Options:
     """Options of ``plot.py``."""
 
-    runs: Positional[tuple[Path, ...]]
+    runs: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN [RUN ...]", help_behavior_hint="")]
     """Run folders."""
     output: Path
     """File to write: .png, .pdf or .svg."""

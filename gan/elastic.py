@@ -132,7 +132,7 @@ def train_elastic(
     dense: tuple[nn.Module, nn.Module],
     networks: tuple[ElasticNetwork, ElasticNetwork],
     smallest: tuple[Sequence[int], Sequence[int]],
-    multiple: int,
+    multiples: tuple[int, int],
     pairs: PairedImages,
     options: ElasticOptions,
     on_step: Callable[[int, int, float], None] | None = None,
@@ -143,7 +143,7 @@ def train_elastic(
         dense: the dense generator and discriminator: the teachers, unchanged.
         networks: their channel-ordered copies: the start, unchanged.
         smallest: the smallest widths that the search will ask for, of each.
-        multiple: widths are multiples of it.
+        multiples: widths are multiples of these.
         pairs: training images.
         on_step: called with (step, steps, generator loss).
 
@@ -177,7 +177,7 @@ def train_elastic(
         optimizers[0].zero_grad(set_to_none=True)
         total = 0.0
         made = inputs
-        draw = random_widths(dense_widths[0], multiple, smallest[0], options.spread, random)
+        draw = random_widths(dense_widths[0], multiples[0], smallest[0], options.spread, random)
         for widths in (dense_widths[0], tuple(smallest[0]), draw):
             made = networks[0].slicer.run(weights[0], widths, inputs, training=True)
             loss = output_distillation(made, lesson)
@@ -192,7 +192,7 @@ def train_elastic(
         with torch.no_grad():
             logits = critic(seen)
         optimizers[1].zero_grad(set_to_none=True)
-        draw = random_widths(dense_widths[1], multiple, smallest[1], options.spread, random)
+        draw = random_widths(dense_widths[1], multiples[1], smallest[1], options.spread, random)
         for widths in (dense_widths[1] if step % 2 else tuple(smallest[1]), draw):
             loss = logit_distillation(networks[1].slicer.run(weights[1], widths, seen, training=True), logits)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -211,8 +211,3 @@ def train_elastic(
         replace(network, tensors=average) for network, average in zip(networks, averages, strict=True)
     )
     return first, second
-
-
-def smallest_widths(dense: Sequence[int], multiple: int, keep_ratio: float) -> tuple[int, ...]:
-    """Every group at about ``keep_ratio`` of its channels, rounded to the multiple, at least one."""
-    return tuple(int(min(c, multiple * max(1, round(keep_ratio * c / multiple)))) for c in dense)

@@ -205,13 +205,18 @@ class CountedScorer:
             ValueError: if the scorer returns a gap that is negative or not finite.
         """
         key = plan.key
+        first = False
         if counted:
             self.requests += 1
-            if key not in self._seen:
-                self._follow_replay(key)
-                self._seen.add(key)
-                self.evaluations += 1
+            first = key not in self._seen
+        recorded = first and self._follow_replay(key)
+        if first:
+            self._seen.add(key)
+            self.evaluations += 1
         if key in self._cache:
+            if first and not recorded and self.log is not None:
+                # Known as a reference plan only: without this line a resumed run would lose its place.
+                self.log.append(plan, self._cache[key], counted=True, seconds=0.0)
             return self._cache[key]
         start = time.perf_counter()
         scores = self.scorer.score(plan)
@@ -224,7 +229,12 @@ class CountedScorer:
             self.log.append(plan, scores, counted, time.perf_counter() - start)
         return scores
 
-    def _follow_replay(self, key: str) -> None:
+    def _follow_replay(self, key: str) -> bool:
+        """Whether the log has this plan as the next evaluation; notes where the run leaves it."""
         place = self.evaluations
-        if self.replay_left is None and place < len(self._replay) and self._replay[place] != key:
+        if self.replay_left is not None or place >= len(self._replay):
+            return False
+        if self._replay[place] != key:
             self.replay_left = place
+            return False
+        return True

@@ -127,7 +127,7 @@ def find_groups(network: nn.Module, inputs: Sequence[Tensor]) -> tuple[ChannelGr
         prune = graph.get_pruner_of_module(module).prune_out_channels
         channels = module.out_channels
         slots: list[Slot] = []
-        reaches_output = name == next(reversed(order))
+        reaches_output = False
         for item in graph.get_pruning_group(module, prune, idxs=list(range(channels))):
             target = item.dep.target.module
             if target not in names or isinstance(target, (nn.Identity, nn.Dropout)):
@@ -151,6 +151,7 @@ def find_groups(network: nn.Module, inputs: Sequence[Tensor]) -> tuple[ChannelGr
                 )
             if isinstance(target, CONVOLUTIONS) and axis == "out":
                 claimed.add(label)
+                reaches_output |= label == next(reversed(order))
             slot = Slot(label, axis, start)
             if slot not in slots:
                 slots.append(slot)

@@ -283,12 +283,14 @@ class Architecture:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Architecture:
-        """Read :meth:`to_dict` back; unknown keys raise."""
+        """Read :meth:`to_dict` back; unknown keys and a missing name raise."""
         wrong = sorted(set(data) - set(cls.__dataclass_fields__))
         if wrong:
             raise UserError(
                 f"unknown architecture keys {wrong}; allowed are {sorted(cls.__dataclass_fields__)}"
             )
+        if "name" not in data:
+            raise UserError(f"an architecture needs the key 'name'; got keys {sorted(data)}")
         values = dict(data)
         if values.get("widths") is not None:
             values["widths"] = tuple(int(w) for w in values["widths"])

@@ -117,7 +117,7 @@ class Scorer:
     Args:
         generator, discriminator: the two networks.
         yardstick: the dense pair on the probe.
-        multiple: widths are multiples of it.
+        multiples: agent → widths are multiples of it.
         cost_kind: what budgets speak of.
         ranking: name of the channel ranking.
         cache: how many slices of each network are remembered.
@@ -129,19 +129,19 @@ class Scorer:
         discriminator: PairAgent,
         yardstick: Yardstick,
         *,
-        multiple: int,
+        multiples: Mapping[str, int],
         cost_kind: CostKind = "macs",
         ranking: str = "l1",
         cache: int = 8,
     ) -> None:
         self._agents = {"generator": generator, "discriminator": discriminator}
-        self._yardstick = yardstick
+        self.yardstick = yardstick
         self._ranking = ranking
         self._networks = {
             kind: PrunableNetwork(
                 kind=kind,
                 groups=agent.elastic.slicer.groups,
-                multiple=multiple,
+                multiple=multiples[kind],
                 cost=agent.cost,
                 cost_kind=cost_kind,
                 importance=tuple(row.cpu().double().numpy() for row in agent.elastic.importance),
@@ -187,8 +187,8 @@ class Scorer:
 
     def _generated(self, widths: tuple[int, ...]) -> tuple[Tensor, dict[str, float], dict[str, float]]:
         if widths not in self._made:
-            outputs = run_batched(self.slice("generator", widths, shared=True), self._yardstick.inputs)
-            self._made[widths] = (outputs, *self._yardstick.generator_gaps(outputs))
+            outputs = run_batched(self.slice("generator", widths, shared=True), self.yardstick.inputs)
+            self._made[widths] = (outputs, *self.yardstick.generator_gaps(outputs))
             if len(self._made) > self._cache_size:
                 self._made.popitem(last=False)
         return self._made[widths]
@@ -196,7 +196,7 @@ class Scorer:
     def _critic(self, widths: tuple[int, ...]) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
         if widths not in self._critics:
             critic = self.slice("discriminator", widths, shared=True)
-            self._critics[widths] = critic, self._yardstick.discriminator_logits(critic)
+            self._critics[widths] = critic, self.yardstick.discriminator_logits(critic)
             if len(self._critics) > self._cache_size:
                 self._critics.popitem(last=False)
         return self._critics[widths]
@@ -209,7 +209,7 @@ class Scorer:
             )
         outputs, gaps, diagnostics = self._generated(plan["generator"])
         critic, logits = self._critic(plan["discriminator"])
-        balance = self._yardstick.balance_gap(outputs, critic, logits)
+        balance = self.yardstick.balance_gap(outputs, critic, logits)
         return Scores({**gaps, "balance_gap": balance}, diagnostics)
 
 

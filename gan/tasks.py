@@ -30,6 +30,9 @@ TASKS: dict[str, str] = {
     "edges2emoji": "Pix2Pix, 64 × 64: Canny edges → Noto emoji",
 }
 """Embedded task → what it is."""
+MULTIPLES = {"generator": 4, "discriminator": 2}
+"""Of the small embedded networks. With 4 the uniform discriminator would leave 4.8 % of a 50 % budget unused and
+random plans 1.5 %, so that a search would win by filling the budget; with 2 it is 0.15 % and 0.8 %."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +45,7 @@ class Task:
         architectures: agent → how to build it.
         groups: agent → channel groups in forward order.
         train, val, test: pairs for training, for every choice, and for the final figures.
-        multiple: widths are multiples of it.
+        multiples: agent → widths are multiples of it.
         elastic_path: elastic weights that come with the task, or None.
     """
 
@@ -53,7 +56,7 @@ class Task:
     train: PairedImages
     val: PairedImages
     test: PairedImages
-    multiple: int
+    multiples: Mapping[str, int]
     elastic_path: Path | None
 
     @property
@@ -129,7 +132,7 @@ class Task:
             agents["generator"],
             agents["discriminator"],
             yardstick,
-            multiple=self.multiple,
+            multiples=self.multiples,
             cost_kind=cost,
             ranking="l1",
         )
@@ -162,7 +165,7 @@ def load_task(name: str = "edges2emoji", device: str = "cpu") -> Task:
         groups[agent] = find_groups(network, [example])
     elastic = folder / "elastic.safetensors"
     found = elastic if elastic.is_file() else None
-    return Task(name, networks, architectures, groups, train, val, test, 4, found)
+    return Task(name, networks, architectures, groups, train, val, test, MULTIPLES, found)
 
 
 def save_elastic(path: Path, weights: Mapping[str, ElasticNetwork], task: Task) -> Path:

@@ -86,7 +86,8 @@ def test_range_is_log_linear() -> None:
 
 # --- projection: by hand -----------------------------------------------------------------------------
 
-# widths 8 and 4, one channel costs 1 and 2: dense 16; increments of group 0 appear at 3/8, 5/8, 7/8, of group 1 at 3/4
+# widths 8 and 4, one channel costs 1 and 2: dense 16
+# increments of group 0 appear at the factors 3/8, 5/8, 7/8, that of group 1 at 3/4
 HAND = linear_network((8, 4), (1, 2), multiple=2)
 
 
@@ -266,7 +267,7 @@ def test_widths_are_the_rounded_view_of_the_proportions(problem) -> None:
 
 def test_room_by_hand() -> None:
     free = np.array([-1, -1])
-    # budget 12: group 0 beside the other's minimum (4) can have 8; beside its full width (8) it needs 4 to fill 12
+    # of 12, the other group costs 4 at its minimum, which leaves 8; at full width 8, which leaves 4 to fill
     room = find_room(HAND, 0, 0.6, 12 / 16, free)
     assert room.widest == 8
     assert (room.start, room.high, room.low) == (0.6, 1.0, 0.5)

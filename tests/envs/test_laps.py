@@ -35,7 +35,7 @@ def test_a_lap_decides_every_group_but_one_and_frees_them_all() -> None:
     assert laps.group == seen[0]
 
 
-@given(st.lists(st.floats(-1, 1), min_size=8, max_size=8), st.floats(0.05, 1.0))
+@given(st.lists(st.floats(-1, 1), min_size=8, max_size=8), st.floats(0.07, 1.0))
 def test_decided_widths_stay_and_every_plan_meets_the_budget(actions: list[float], budget: float) -> None:
     laps = Laps(NETWORK, budget)
     for action in actions:

@@ -7,6 +7,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 import pytest
+from gymnasium.utils.env_checker import check_env
 
 import envs
 from envs.budget import Budget
@@ -79,3 +80,4 @@ def test_registered_ids(asked: list[Any]) -> None:
         *_, terminated, truncated, _ = env.step(np.zeros(2, dtype=np.float32))
         assert (terminated, truncated) == (False, False)
     assert toy.unwrapped.pruning.reward == "final"  # type: ignore[attr-defined]
+    check_env(toy.unwrapped)

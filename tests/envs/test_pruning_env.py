@@ -13,6 +13,7 @@ from envs.budget import Budget, keep_ratio, random_proportions
 from envs.pruning_env import PruningEnv, peer_of
 from envs.records import Episode, Evaluation
 from envs.rewards import Weights
+from envs.toy import toy_env
 from gan.errors import UserError
 from gan.evaluations import CountedScorer
 from gan.plans import Plan
@@ -75,7 +76,7 @@ def test_pettingzoo_aec_api(make: MakeEnv) -> None:
 def test_every_observation_is_in_its_space(
     make: MakeEnv, agents: tuple[str, ...], reward: str, actions: str | float
 ) -> None:
-    env = make(agents, {agent: "0.15:0.9" for agent in agents}, reward=reward)
+    env = make(agents, dict.fromkeys(agents, "0.15:0.9"), reward=reward)
     for seed in range(3):
         chosen = np.random.default_rng(seed) if actions == "random" else float(actions)
         for observations, *_, state in run_episode(env, chosen, seed):  # type: ignore[arg-type]
@@ -98,7 +99,7 @@ def test_episodes_are_deterministic_and_seeds_differ(make: MakeEnv) -> None:
 @pytest.mark.parametrize("reward", ["step", "final"])
 @pytest.mark.parametrize("agents", CASTS, ids=len)
 def test_zero_actions_return_exactly_zero(make: MakeEnv, reward: str, agents: tuple[str, ...]) -> None:
-    env = make(agents, {agent: "0.15:0.9" for agent in agents}, reward=reward)
+    env = make(agents, dict.fromkeys(agents, "0.15:0.9"), reward=reward)
     for seed in range(3):
         for _, rewards, *_ in run_episode(env, 0.0, seed)[1:]:
             assert set(rewards.values()) == {0.0}
@@ -118,7 +119,7 @@ def test_return_is_the_final_potential(make: MakeEnv, reward: str) -> None:
 
 
 def test_the_order_of_agents_does_not_matter(make: MakeEnv) -> None:
-    budgets = {agent: "0.2:0.8" for agent in CYCLE}
+    budgets = dict.fromkeys(CYCLE, "0.2:0.8")
     one, other = make(CYCLE, budgets), make(CYCLE[::-1], budgets)
     assert other.possible_agents == list(CYCLE[::-1])
     actions = np.random.default_rng(0).uniform(-1, 1, (one.horizon, 4)).astype(np.float32)
@@ -164,13 +165,15 @@ def test_a_network_of_one_group_takes_one_step(make: MakeEnv) -> None:
 
 def test_step_mode_evaluates_every_step_and_final_mode_once(make: MakeEnv) -> None:
     for reward, per_episode in (("step", 4), ("final", 1)):
-        env = make(reward=reward)
+        notes = Notes()
+        env = make(reward=reward, listener=notes)
         env.prepare()
         assert env.scorer.requests == 0
         for episode in range(1, 4):
             run_episode(env, np.random.default_rng(episode))
             assert env.scorer.requests == per_episode * episode
-        assert env.scorer.evaluations == per_episode * 3  # random plans: all distinct
+        assert len(notes.plans) == per_episode * 3
+        assert env.scorer.evaluations == len({evaluation.plan for evaluation in notes.plans})
 
 
 def test_a_repeated_episode_costs_requests_not_evaluations(make: MakeEnv) -> None:
@@ -206,7 +209,7 @@ def test_final_mode_hides_scores_until_the_end(make: MakeEnv) -> None:
 def test_step_mode_tells_the_agents_what_the_joint_step_did(make: MakeEnv) -> None:
     env = make()
     record = run_episode(env, np.random.default_rng(0))
-    fields = [field for field in range(-7, 0)]
+    fields = slice(-7, None)
     before, after = record[2][4]["generator"]["scores"], record[3][4]["generator"]["scores"]
     changes = np.clip([after[term] - before[term] for term in after], -2, 2)
     for agent in env.possible_agents:
@@ -223,7 +226,7 @@ def test_infos_are_json_and_the_same_for_all(make: MakeEnv) -> None:
 
 
 def test_every_plan_on_the_way_meets_its_budget(make: MakeEnv) -> None:
-    env = make(CYCLE, {agent: "0.15:0.9" for agent in CYCLE})
+    env = make(CYCLE, dict.fromkeys(CYCLE, "0.15:0.9"))
     for seed in range(5):
         for *_, infos, _ in run_episode(env, np.random.default_rng(seed), seed):
             plan = Plan.from_dict(infos["generator_A"]["plan"])
@@ -244,27 +247,28 @@ def test_reset_takes_budgets(make: MakeEnv) -> None:
 # --- whole plans -------------------------------------------------------------------------------------
 
 
-def test_best_starts_as_uniform_and_keeps_the_best_plan_on_the_way(make: MakeEnv) -> None:
+def test_best_starts_as_uniform_and_keeps_the_best_plan_on_the_way() -> None:
     notes = Notes()
-    env = make(listener=notes)
+    env = toy_env(listener=notes)
     assert env.best is None
     env.prepare()
     assert env.best is not None
     assert (env.best.plan, env.best.potential) == (env.uniform_plan(), 0.0)
-    for seed in range(6):
-        run_episode(env, np.random.default_rng(seed))
+    rng = np.random.default_rng(0)
+    for _ in range(30):
+        run_episode(env, rng)
     best = max(notes.plans, key=lambda evaluation: evaluation.potential)
     assert env.best == best
     assert best.potential > 0
 
 
 def test_uniform_stays_best_when_nothing_beats_it(make: MakeEnv) -> None:
-    env = make()
+    notes = Notes()
+    env = make(listener=notes)
     run_episode(env, -1.0)
-    worse = env.evaluate(env.plan, counted=False)
-    if worse.potential <= 0:
-        assert env.best is not None
-        assert env.best.potential >= 0
+    assert max(evaluation.potential for evaluation in notes.plans) < 0
+    assert env.best is not None
+    assert env.best.plan == env.uniform_plan()
 
 
 def test_best_is_none_where_budgets_are_drawn(make: MakeEnv) -> None:
@@ -305,6 +309,11 @@ def test_evaluate_refuses_plans_that_are_not_feasible(
         make().evaluate(Plan.of(widths, "fake"))
 
 
+def test_proportions_are_needed_for_every_network(make: MakeEnv) -> None:
+    with pytest.raises(ValueError, match="needed for generator, discriminator; got generator"):
+        make().plan_from_proportions({"generator": np.ones(5)})
+
+
 def test_ranges_need_a_budget_before_the_first_episode(make: MakeEnv) -> None:
     env = make(budgets={"generator": "0.1:0.6"})
     with pytest.raises(UserError, match="say which one"):
@@ -328,7 +337,7 @@ def test_episode_rows(make: MakeEnv) -> None:
     assert 0.7 <= row["generator.sparsity"] < 0.75
     assert row["generator.sparsity"] == pytest.approx(1 - 0.3 * (1 - row["generator.unused"]))
     assert 0 < row["discriminator.channel_sparsity"] < 1
-    assert (row["evaluations"], row["requests"]) == (8, 8)
+    assert (row["evaluations"], row["requests"]) == (env.scorer.evaluations, 8)
     assert episode.best_potential == env.best.potential  # type: ignore[union-attr]
 
 

@@ -11,7 +11,7 @@ from tests.envs.conftest import MakeEnv
 
 
 def test_network_costs_what_its_convolutions_cost() -> None:
-    # 8x8 -> 4 channels at 4x4 -> 6 channels at 8x8 (transposed) -> 3 channels at 16x16 (transposed); kernels 4x4
+    # kernels 4x4: 3 -> 4 channels at 4x4, then transposed -> 6 channels at 8x8 -> 3 channels at 16x16
     network = toy_network("generator", (4, 6), image=8)
     assert network.cost_of(np.array([4, 6])) == 16 * (16 * 3 * 4 + 16 * 4 * 6 + 64 * 6 * 3)
     assert network.groups[1].kind == "transposed"

@@ -1,0 +1,180 @@
+"""How fast scoring and finetuning are on this machine: plans per second, and where the time goes."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from envs.budget import project, random_proportions, uniform_widths
+from experiments import cli
+from experiments.build import build_budgets
+from gan.elastic import ElasticOptions, train_elastic
+from gan.errors import UserError
+from gan.features import load_efficientnet_lite0, prepare
+from gan.files import write_json
+from gan.plans import Plan
+from gan.scoring import run_batched
+from gan.tasks import AGENTS, Task, load_task
+from gan.training import FINETUNING, PairedTrainer, TrainingOptions
+
+EXAMPLES = (("make benchmark", "everything, about two minutes on 2 cores"),)
+DESCRIPTION = """Times scoring and training on the embedded task. Ratios within one run are comparable;
+seconds of different machines, or of a busy one, are not."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of ``benchmark.py``."""
+
+    task: str = "edges2emoji"
+    """Embedded task."""
+    budget: str = ""
+    """Budgets of the scored plans (default: the default job's)."""
+    plans: int = 20
+    """Plans to score."""
+    output: Path | None = None
+    """Also write the figures to this JSON file."""
+
+
+def median_seconds(call: Callable[[], object], runs: int) -> float:
+    """Median of ``runs`` calls, after one that warms up."""
+    call()
+    times = []
+    for _ in range(runs):
+        started = time.perf_counter()
+        call()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def main(options: Options) -> None:
+    """Measure and print."""
+    if options.plans < 2:
+        raise UserError(f"--plans is {options.plans}; a rate needs 2 or more")
+    task = load_task(options.task)
+    budgets = build_budgets(options.budget)
+    started = time.perf_counter()
+    scorer = task.scorer(start="elastic" if task.elastic_path else "dense")
+    building = time.perf_counter() - started
+    networks, yardstick = scorer.networks, scorer.yardstick
+    random = np.random.default_rng(0)
+
+    def draw() -> Plan:
+        """A random plan of both networks: neither half of it is in a cache."""
+        widths = {
+            agent: project(network, random_proportions(network, random), budgets[agent].low).widths
+            for agent, network in networks.items()
+        }
+        return Plan.of(widths, scorer.ranking)
+
+    scorer.score(draw())
+    times = []
+    for plan in [draw() for _ in range(options.plans)]:
+        started = time.perf_counter()
+        scorer.score(plan)
+        times.append(time.perf_counter() - started)
+    per_plan = statistics.median(times)
+
+    uniform = {agent: tuple(uniform_widths(networks[agent], budgets[agent].low).tolist()) for agent in AGENTS}
+    generator = scorer.slice("generator", uniform["generator"], shared=True)
+    critic = scorer.slice("discriminator", uniform["discriminator"], shared=True)
+    outputs = run_batched(generator, yardstick.inputs)
+    features = yardstick.extractor(outputs)
+    logits = yardstick.discriminator_logits(critic)
+    parts = {
+        "slice generator, BatchNorm statistics": lambda: scorer.slice(
+            "generator", uniform["generator"], True
+        ),
+        "run generator": lambda: run_batched(generator, yardstick.inputs),
+        "features": lambda: yardstick.extractor(outputs),
+        "gaps": lambda: yardstick.generator_gaps(outputs, features),
+        "slice discriminator, BatchNorm statistics": lambda: scorer.slice(
+            "discriminator", uniform["discriminator"], True
+        ),
+        "discriminator on real and dense images": lambda: yardstick.discriminator_logits(critic),
+        "balance": lambda: yardstick.balance_gap(outputs, critic, logits),
+    }
+    stages = {name: median_seconds(call, 5) for name, call in parts.items()}
+    eager, _ = load_efficientnet_lite0(yardstick.extractor.image_size)
+    prepared = prepare(yardstick.outputs[:32], yardstick.extractor.image_size)
+    with torch.no_grad():
+        eager_seconds = median_seconds(lambda: eager.extract_features(prepared), 2) * len(outputs) / 32
+
+    console = Console()
+    table = Table(
+        title=f"Scoring one plan: {len(yardstick.inputs)} probe images, all terms", title_justify="left"
+    )
+    table.add_column("stage")
+    table.add_column("ms", justify="right")
+    for name, value in stages.items():
+        table.add_row(name, f"{1e3 * value:.0f}")
+    table.add_row("features, the same network in eager torch", f"{1e3 * eager_seconds:.0f}", style="dim")
+    table.add_row("a whole new plan (median)", f"{1e3 * per_plan:.0f}", style="bold")
+    console.print(table)
+    console.print(
+        f"{1 / per_plan:.1f} plans/s, {torch.get_num_threads()} threads, "
+        f"{building:.1f} s to build the scorer\n",
+        highlight=False,
+    )
+
+    training = train_steps(task, uniform)
+    table = Table(title="Training, steps of 16 images", title_justify="left")
+    table.add_column("what")
+    table.add_column("ms per step", justify="right")
+    table.add_column("speed against dense", justify="right")
+    for name, seconds in training.items():
+        table.add_row(name, f"{1e3 * seconds:.0f}", f"{training['dense pair'] / seconds:.2f}×")
+    console.print(table)
+    if options.output is not None:
+        figures = {
+            "plans_per_second": 1 / per_plan,
+            "probe_images": len(yardstick.inputs),
+            "threads": torch.get_num_threads(),
+            "score_seconds": stages,
+            "eager_features_seconds": eager_seconds,
+            "training_step_seconds": training,
+        }
+        write_json(options.output, figures)
+
+
+def train_steps(task: Task, uniform: dict[str, tuple[int, ...]]) -> dict[str, float]:
+    """Median seconds of one training step: the dense pair, the finetuned uniform slice, the warm-up."""
+    ordered = task.ordered()
+    inputs, targets = task.train.take(16).tensors()
+    teacher = task.networks["generator"]
+
+    def step_of(widths: dict[str, tuple[int, ...]], options: TrainingOptions) -> float:
+        pair = [ordered[agent].network(widths[agent]).requires_grad_(True).train() for agent in AGENTS]
+        trainer = PairedTrainer(pair[0], pair[1], options, teacher)
+        return median_seconds(lambda: trainer.step(inputs, targets, options.learning_rate), 8)
+
+    dense = {agent: tuple(group.channels for group in task.groups[agent]) for agent in AGENTS}
+    result = {
+        "dense pair": step_of(dense, TrainingOptions()),
+        "uniform slice, native losses": step_of(uniform, TrainingOptions()),
+        "uniform slice, with output distillation": step_of(uniform, FINETUNING),
+    }
+    stamps = [time.perf_counter()]
+    train_elastic(
+        (task.networks["generator"], task.networks["discriminator"]),
+        (ordered["generator"], ordered["discriminator"]),
+        (uniform["generator"], uniform["discriminator"]),
+        (task.multiples["generator"], task.multiples["discriminator"]),
+        task.train,
+        ElasticOptions(steps=8),
+        lambda *_: stamps.append(time.perf_counter()),
+    )
+    result["elastic warm-up (three widths)"] = float(np.median(np.diff(stamps)[2:]))
+    return result
+
+
+if __name__ == "__main__":
+    cli.run(main, Options, DESCRIPTION, EXAMPLES)

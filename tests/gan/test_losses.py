@@ -1,0 +1,89 @@
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from gan.errors import UserError
+from gan.losses import (
+    discriminator_loss,
+    generator_loss,
+    logit_distillation,
+    output_distillation,
+    paired_input,
+)
+
+REAL = torch.tensor([[2.0, 0.0]])
+FAKE = torch.tensor([[-3.0, 1.0]])
+
+
+def softplus(x: float) -> float:
+    return math.log1p(math.exp(x))
+
+
+@pytest.mark.parametrize(
+    ("kind", "wanted"),
+    [
+        ("vanilla", 0.5 * ((softplus(-2) + softplus(0)) / 2 + (softplus(-3) + softplus(1)) / 2)),
+        ("lsgan", 0.5 * ((1 + 1) / 2 + (9 + 1) / 2)),
+        ("hinge", 0.5 * ((0 + 1) / 2 + (0 + 2) / 2)),
+    ],
+)
+def test_discriminator_loss_by_hand(kind, wanted):
+    assert float(discriminator_loss(REAL, FAKE, kind)) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize(
+    ("kind", "wanted"),
+    [("vanilla", (softplus(3) + softplus(-1)) / 2), ("lsgan", (16 + 0) / 2), ("hinge", (3 - 1) / 2)],
+)
+def test_generator_loss_by_hand(kind, wanted):
+    assert float(generator_loss(FAKE, kind)) == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize("kind", ["vanilla", "lsgan", "hinge"])
+def test_the_two_pull_in_opposite_directions(kind):
+    fake = torch.zeros(4, requires_grad=True)
+    (up,) = torch.autograd.grad(generator_loss(fake, kind), fake)
+    (down,) = torch.autograd.grad(discriminator_loss(torch.zeros(4), fake + 0.1, kind), fake)
+    assert bool((up < 0).all())  # the generator raises its logits
+    assert bool((down > 0).all())  # the discriminator lowers them
+
+
+def test_the_vanilla_loss_is_binary_cross_entropy():
+    entropy = torch.nn.functional.binary_cross_entropy_with_logits
+    wanted = 0.5 * (entropy(REAL, torch.ones_like(REAL)) + entropy(FAKE, torch.zeros_like(FAKE)))
+    torch.testing.assert_close(discriminator_loss(REAL, FAKE, "vanilla"), wanted)
+
+
+def test_large_logits_give_finite_losses():
+    far = torch.tensor([1e4])
+    assert float(discriminator_loss(-far, far, "vanilla")) == pytest.approx(1e4)
+    assert float(generator_loss(-far, "vanilla")) == pytest.approx(1e4)
+
+
+def test_an_unknown_kind_names_the_known_ones():
+    for loss in (lambda: generator_loss(FAKE, "wgan"), lambda: discriminator_loss(REAL, FAKE, "wgan")):
+        with pytest.raises(UserError, match=r"unknown adversarial loss 'wgan'; known are hinge, lsgan, vanilla"):
+            loss()
+
+
+def test_logit_distillation_is_in_units_of_the_teachers_spread():
+    teacher = torch.tensor([[1.0, 3.0]])  # standard deviation √2
+    student = torch.tensor([[0.0, 5.0]])
+    assert float(logit_distillation(student, teacher)) == pytest.approx(1.5 / 2**0.5)
+    assert float(logit_distillation(10 * student, 10 * teacher)) == pytest.approx(1.5 / 2**0.5)
+    assert math.isfinite(float(logit_distillation(student, torch.zeros(1, 2))))  # a teacher that says nothing
+
+
+def test_output_distillation_is_the_mean_absolute_difference():
+    assert float(output_distillation(torch.tensor([1.0, -1.0]), torch.tensor([0.5, 1.0]))) == 1.25
+
+
+def test_the_paired_input_stacks_condition_and_image():
+    condition, image = torch.zeros(2, 3, 4, 4), torch.ones(2, 3, 4, 4)
+    stacked = paired_input(condition, image)
+    assert stacked.shape == (2, 6, 4, 4)
+    assert stacked[:, :3].max() == 0
+    assert stacked[:, 3:].min() == 1
