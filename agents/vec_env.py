@@ -35,7 +35,9 @@ class TeamVecEnv(VecEnv):
         local, action = env.observation_space(self.slots[0]), env.action_space(self.slots[0])
         for agent in self.slots[1:]:
             if env.observation_space(agent) != local or env.action_space(agent) != action:
-                raise ValueError(f"agents share one policy, so their spaces must be equal; {agent!r} has others")
+                raise ValueError(
+                    f"agents share one policy, so their spaces must be equal; {agent!r} has others"
+                )
         self._actions: NDArray[np.float32] | None = None
         self._return, self._length = 0.0, 0
         super().__init__(len(self.slots), spaces.Dict({"local": local, "state": env.state_space}), action)
@@ -63,7 +65,9 @@ class TeamVecEnv(VecEnv):
             raise ValueError(f"a team shares one reward; got {rewards}")
         ended = [bool(terminated[agent] or truncated[agent]) for agent in self.slots]
         if any(ended) != all(ended):
-            raise ValueError(f"a team starts and ends together; got terminated {terminated}, truncated {truncated}")
+            raise ValueError(
+                f"a team starts and ends together; got terminated {terminated}, truncated {truncated}"
+            )
         infos = [dict(team_infos[agent]) for agent in self.slots]
         self._return += float(rewards[self.slots[0]])
         self._length += 1
@@ -88,7 +92,9 @@ class TeamVecEnv(VecEnv):
         """Set an attribute of the one environment behind all slots."""
         setattr(self.env, attr_name, value)
 
-    def env_method(self, method_name: str, *method_args: Any, indices: Any = None, **method_kwargs: Any) -> list[Any]:
+    def env_method(
+        self, method_name: str, *method_args: Any, indices: Any = None, **method_kwargs: Any
+    ) -> list[Any]:
         """Call a method once and give its result to each asked slot: the slots are one environment."""
         result = getattr(self.env, method_name)(*method_args, **method_kwargs)
         return [result for _ in self._get_indices(indices)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from agents.base import Agent
 from agents.registry import build_agent
 
@@ -14,6 +15,7 @@ from envs.records import Listener
 from envs.rewards import Weights
 from gan.cost import build_cost_model
 from gan.elastic import ElasticNetwork, ElasticOptions, train_elastic
+from gan.errors import UserError
 from gan.evaluations import CountedScorer, EvaluationLog, PlanScorer, PrunableNetwork
 from gan.tasks import AGENTS, Task
 from gan.training import FINETUNING, TrainingOptions
@@ -87,6 +89,18 @@ def build_env(
     """The environment of a run, with its evaluation log."""
     counted = CountedScorer(scorer, EvaluationLog(log, scorer.fingerprint), evaluations)
     return PruningEnv(counted, budgets, weights=weights, reward=reward, listener=listener)  # type: ignore[arg-type]
+
+
+def pick_device(name: str) -> str:
+    """``auto`` → ``cuda`` when there is one, else ``cpu``.
+
+    Raises:
+        UserError: ``cuda`` where there is none.
+    """
+    found = torch.cuda.is_available()
+    if name == "cuda" and not found:
+        raise UserError("--device is cuda, but torch finds no CUDA device; use --device cpu, or auto")
+    return ("cuda" if found else "cpu") if name == "auto" else name
 
 
 def build_learner(algo: str, seed: int, tensorboard: Path | None) -> Agent:

@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional as F
 
 from experiments import cli
+from experiments.build import pick_device
 from gan.checkpoints import save_network, save_tensors
 from gan.data import embedded_pairs, to_float
 from gan.errors import UserError
@@ -61,7 +62,7 @@ def main(options: Options) -> None:
     discriminator_architecture = Architecture("basic", in_channels=6, out_channels=1, base_width=options.ndf)
     random = torch.Generator().manual_seed(options.training.seed)
     torch.manual_seed(options.training.seed)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = pick_device("auto")
     generator = initialise(generator_architecture.build(), random).to(device)
     discriminator = initialise(discriminator_architecture.build(), random).to(device)
     trainer = PairedTrainer(generator, discriminator, options.training)

@@ -13,11 +13,20 @@ from agents.registry import AGENTS as LEARNERS
 from rich.console import Console
 from torch import nn
 
+from envs.budget import Budget
 from envs.pruning_env import PruningEnv
 from envs.records import Evaluation
 from envs.rewards import Weights
 from experiments import cli
-from experiments.build import build_budgets, build_env, build_learner, check_reachable, finetuning, warm_up
+from experiments.build import (
+    build_budgets,
+    build_env,
+    build_learner,
+    check_reachable,
+    finetuning,
+    pick_device,
+    warm_up,
+)
 from experiments.figures import NetworkWidths, Series, curves, samples, save_figure, save_image, widths
 from experiments.report import evaluation_table
 from experiments.runs import (
@@ -83,6 +92,8 @@ class Options:
     """Epochs of finetuning, for every row of the table."""
     warm_up: int = 0
     """Steps of a warm-up of one's own (0: the elastic weights that come with the task)."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the networks run; auto takes CUDA when there is one."""
     equal_time: bool = False
     """Also finetune the uniform plan for the search's seconds on top."""
     resume: Path | None = None
@@ -149,7 +160,7 @@ def open_folder(options: Options) -> tuple[Options, RunFolder]:
                 f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be {least} or more"
             )
     budgets = build_budgets(options.budget)
-    task = load_task(options.task)
+    task = load_task(options.task, pick_device(options.device))
     if options.start == "elastic" and not options.warm_up:
         task.shipped_elastic()
     check_reachable(task, budgets, options.cost)
@@ -165,7 +176,7 @@ def run(options: Options, folder: RunFolder, console: Console) -> None:
         f"[bold]{folder.path}[/bold]  {options.task}, {options.algo}, seed {options.seed}", highlight=False
     )
     with watch.stage("load"):
-        task = load_task(options.task)
+        task = load_task(options.task, pick_device(options.device))
         train = task.train if sizes.train is None else task.train.take(sizes.train)
         test = task.test if sizes.test is None else task.test.take(sizes.test)
     weights = prepare_weights(options, task, folder, watch)
@@ -177,16 +188,11 @@ def run(options: Options, folder: RunFolder, console: Console) -> None:
     console.print(f"best plan: {describe(best)}", highlight=False)
 
     uniform = env.uniform_plan(best.budgets)
-    raw = (
-        task.scorer(options.cost, weights=task.ordered(), probe=sizes.probe)
-        if options.start == "elastic"
-        else scorer
-    )
     pairs: dict[str, Pair] = {
         "dense": (task.networks["generator"], task.networks["discriminator"]),
-        "l1_slice_raw": cut(raw, uniform),
-        "uniform_raw": cut(scorer, uniform),
-        "pruned_raw": cut(scorer, best.plan),
+        "l1_slice_raw": task.cut(task.ordered(), uniform),
+        "uniform_raw": task.cut(weights, uniform),
+        "pruned_raw": task.cut(weights, best.plan),
     }
     tuned = finetuning(sizes.epochs, options.seed)
     for name in ("l1_slice", "uniform", "pruned"):
@@ -305,8 +311,10 @@ def pick(env: PruningEnv, agent: Agent, folder: RunFolder) -> Evaluation:
     Where the budget was a range, plans of different budgets do not compare: the agents' plan at the
     lowest budget is taken.
     """
+    ranged = env.best is None
+    env = fixed_at_lowest(env) if ranged else env
     proposed = env.evaluate(agent.propose(env), counted=False)
-    best = env.best if env.best is not None else proposed
+    best = proposed if ranged or env.best is None else env.best
     uniform = env.evaluate(env.uniform_plan(best.budgets), best.budgets, counted=False)
     found = {"best": best, "proposed": proposed, "uniform": uniform}
     described = {
@@ -324,15 +332,18 @@ def pick(env: PruningEnv, agent: Agent, folder: RunFolder) -> Evaluation:
     return best
 
 
+def fixed_at_lowest(env: PruningEnv) -> PruningEnv:
+    """The same environment with every budget at the low end of its range."""
+    budgets = {agent: Budget(budget.low, budget.low) for agent, budget in env.budgets.items()}
+    fixed = PruningEnv(env.scorer, budgets, weights=env.weights, reward=env.reward)
+    fixed.prepare()
+    return fixed
+
+
 def describe(evaluation: Evaluation) -> str:
     """One line: score and widths."""
     rows = "  ".join(f"{agent} {' '.join(map(str, evaluation.plan[agent]))}" for agent in evaluation.plan)
     return f"score {evaluation.potential:+.3f} (uniform 0)  {rows}"
-
-
-def cut(scorer: Scorer, plan: Plan) -> Pair:
-    """Slice both networks."""
-    return scorer.slice("generator", plan["generator"]), scorer.slice("discriminator", plan["discriminator"])
 
 
 def finetune_stage(

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from experiments import cli
-from experiments.build import build_budgets, warm_up
+from experiments.build import build_budgets, pick_device, warm_up
 from experiments.watch import Watch
 from gan.elastic import ElasticOptions
 from gan.errors import UserError
@@ -33,7 +33,7 @@ class Options:
     """Task name."""
     budget: str = "generator=0.05,discriminator=0.25"
     """Lowest budgets that plans will be asked for: [agent=]LOW,…"""
-    warm_up: ElasticOptions = field(default_factory=lambda: ElasticOptions(steps=4000))
+    warm_up: ElasticOptions = field(default_factory=lambda: ElasticOptions(steps=2500))
     """Options of the warm-up."""
 
 
@@ -43,7 +43,7 @@ def main(options: Options) -> None:
         raise UserError(f"--output {options.output} exists; name a new file")
     if not options.output.parent.is_dir():
         raise UserError(f"the folder {options.output.parent} of --output does not exist; make it first")
-    task = load_task(options.task)
+    task = load_task(options.task, pick_device("auto"))
     watch = Watch()
     with watch.stage("elastic warm-up", options.warm_up.steps) as stage:
 

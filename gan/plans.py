@@ -6,6 +6,9 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from numpy.typing import NDArray
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -22,7 +25,7 @@ class Plan:
     ranking: str = ""
 
     @classmethod
-    def of(cls, widths: Mapping[str, Sequence[int]], ranking: str = "") -> Plan:
+    def of(cls, widths: Mapping[str, Sequence[int] | NDArray[np.integer]], ranking: str = "") -> Plan:
         """Build a plan from ``{agent: widths}``; numpy integers are turned into ints."""
         entries = tuple((agent, tuple(int(w) for w in row)) for agent, row in widths.items())
         return cls(entries, ranking)

@@ -180,6 +180,10 @@ class Scorer:
     def fingerprint(self) -> Mapping[str, str]:
         return self._fingerprint
 
+    def elastic(self, agent: str) -> ElasticNetwork:
+        """The weights that slices of one network come from."""
+        return self._agents[agent].elastic
+
     def slice(self, agent: str, widths: Sequence[int], shared: bool = False) -> nn.Module:
         """A slice with its own BatchNorm statistics: what is scored, and what finetuning starts from."""
         held = self._agents[agent]

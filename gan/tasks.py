@@ -20,6 +20,8 @@ from gan.features import load_extractor
 from gan.groups import ChannelGroup, find_groups
 from gan.losses import paired_input
 from gan.networks import Architecture
+from gan.norm_statistics import recompute_statistics
+from gan.plans import Plan
 from gan.scoring import PairAgent, Scorer, Yardstick, run_batched
 from gan.slicing import Slicer
 
@@ -30,9 +32,11 @@ TASKS: dict[str, str] = {
     "edges2emoji": "Pix2Pix, 64 × 64: Canny edges → Noto emoji",
 }
 """Embedded task → what it is."""
+STATISTICS_IMAGES = 64
+"""Train images behind the BatchNorm statistics of a slice."""
 MULTIPLES = {"generator": 4, "discriminator": 2}
-"""Of the small embedded networks. With 4 the uniform discriminator would leave 4.8 % of a 50 % budget unused and
-random plans 1.5 %, so that a search would win by filling the budget; with 2 it is 0.15 % and 0.8 %."""
+"""Of the small embedded networks. With 4 the uniform discriminator would leave 4.8 % of a 50 % budget
+unused and random plans 1.5 %: a search would win by filling the budget. With 2 it is 0.15 % and 0.8 %."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +106,7 @@ class Task:
         *,
         weights: Mapping[str, ElasticNetwork] | None = None,
         probe: int | None = None,
-        statistics_images: int = 64,
+        statistics_images: int = STATISTICS_IMAGES,
     ) -> Scorer:
         """A scorer on the val images.
 
@@ -137,8 +141,16 @@ class Task:
             ranking="l1",
         )
 
-    def statistics_inputs(self, images: int) -> dict[str, Tensor]:
-        """Train images for BatchNorm statistics: real and made ones apart, as the discriminator was trained."""
+    def cut(self, weights: Mapping[str, ElasticNetwork], plan: Plan) -> tuple[nn.Module, nn.Module]:
+        """The networks of a plan, cut out for real, with BatchNorm statistics of their own."""
+        shown = self.statistics_inputs()
+        generator, discriminator = (
+            recompute_statistics(weights[agent].network(plan[agent]), shown[agent]) for agent in AGENTS
+        )
+        return generator, discriminator
+
+    def statistics_inputs(self, images: int = STATISTICS_IMAGES) -> dict[str, Tensor]:
+        """Train images for BatchNorm statistics; real and made ones apart, as in the training."""
         inputs, targets = (x.to(self.device) for x in self.train.take(images).tensors())
         made = run_batched(self.networks["generator"], inputs)
         real, fake = paired_input(inputs, targets), paired_input(inputs, made)

@@ -127,6 +127,6 @@ def task(pair: Pair) -> Task:
         train=tiny_pairs(12, seed=1),
         val=pair.pairs,
         test=tiny_pairs(12, seed=2),
-        multiple=4,
+        multiples={"generator": 4, "discriminator": 2},
         elastic_path=None,
     )

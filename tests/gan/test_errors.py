@@ -17,7 +17,9 @@ def test_an_unknown_name_lists_the_known_ones_and_the_nearest():
 
 
 def test_a_name_like_none_of_them_gets_no_hint():
-    assert str(unknown("start", "zzz", ("elastic", "dense"))) == "unknown start 'zzz'; known are dense, elastic"
+    assert (
+        str(unknown("start", "zzz", ("elastic", "dense"))) == "unknown start 'zzz'; known are dense, elastic"
+    )
 
 
 def test_the_names_of_a_registry_will_do():

@@ -65,7 +65,9 @@ def test_large_logits_give_finite_losses():
 
 def test_an_unknown_kind_names_the_known_ones():
     for loss in (lambda: generator_loss(FAKE, "wgan"), lambda: discriminator_loss(REAL, FAKE, "wgan")):
-        with pytest.raises(UserError, match=r"unknown adversarial loss 'wgan'; known are hinge, lsgan, vanilla"):
+        with pytest.raises(
+            UserError, match=r"unknown adversarial loss 'wgan'; known are hinge, lsgan, vanilla"
+        ):
             loss()
 
 

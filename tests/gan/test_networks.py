@@ -63,7 +63,7 @@ def test_keys_of_the_unet():
 def test_dropout_sits_where_the_original_has_it():
     network = Architecture("unet_256", base_width=1, dropout=True).build()
     found = [name for name, module in network.named_modules() if isinstance(module, nn.Dropout)]
-    assert sorted(found) == ["model.model.1" + ".model.3" * depth + ".model.7" for depth in (3, 4, 5)]
+    assert set(found) == {"model.model.1" + ".model.3" * depth + ".model.7" for depth in (3, 4, 5)}
     assert shapes(Architecture("unet_256", dropout=True)) == shapes(UNET_256)
 
 
@@ -191,7 +191,7 @@ def test_the_reference_widths_are_the_dense_ones():
 def test_a_wrong_number_of_widths_is_refused(name, change):
     architecture = Architecture(name)
     n = len(architecture.dense_widths)
-    with pytest.raises(UserError, match=rf"{name} takes {n} positive widths; got \[8, "):
+    with pytest.raises(UserError, match=rf"{name} takes {n} positive widths; got \[8\b"):
         architecture.pruned((8,) * (n + change)).build()
 
 

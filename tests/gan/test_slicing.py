@@ -80,7 +80,9 @@ def test_permuting_keeps_the_function(case):
     moved = case.slicer.permuted(case.state, orders)
     assert moved.keys() == case.state.keys()
     assert tensors_hash(moved) != tensors_hash(case.state)
-    torch.testing.assert_close(case.slicer.network(moved, case.slicer.dense_widths)(case.inputs), case.network(case.inputs))
+    torch.testing.assert_close(
+        case.slicer.network(moved, case.slicer.dense_widths)(case.inputs), case.network(case.inputs)
+    )
     back = case.slicer.permuted(moved, [torch.argsort(order) for order in orders])
     assert tensors_hash(back) == tensors_hash(case.state)
 
@@ -120,7 +122,7 @@ def test_a_slice_is_a_network_of_these_widths(case):
     """So a recipe with the widths rebuilds it, and it costs what it weighs."""
     widths = case.widths(3)
     sliced = case.slicer.network(case.state, widths)
-    built = case.architecture.pruned(widths).build().eval()
+    built = case.architecture.pruned(widths).build().double().eval()
     built.load_state_dict(sliced.state_dict())
     assert torch.equal(built(case.inputs), sliced(case.inputs))
     for (_, found), (name, wanted) in zip(sliced.named_modules(), built.named_modules(), strict=True):

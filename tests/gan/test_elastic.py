@@ -1,0 +1,223 @@
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import islice
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from gan.checkpoints import state_hash, tensors_hash
+from gan.data import PairedImages, to_uint8
+from gan.elastic import (
+    ElasticNetwork,
+    ElasticOptions,
+    order_channels,
+    random_widths,
+    teaching_images,
+    train_elastic,
+)
+from gan.importance import l1_importance
+from gan.norm_statistics import recompute_statistics
+from tests.gan.conftest import Pair, random, tiny_pairs
+
+OPTIONS = ElasticOptions(steps=30, batch_size=8, learning_rate=5e-3, shift=1)
+SMALLEST = ((4, 4, 4, 4, 4), (4, 4))
+Trained = tuple[ElasticNetwork, ElasticNetwork]
+
+
+def train(pair: Pair, options: ElasticOptions, on_step: object = None) -> Trained:
+    start = pair.ordered()
+    return train_elastic(
+        (pair.generator, pair.discriminator),
+        (start["generator"], start["discriminator"]),
+        SMALLEST,
+        (4, 2),
+        tiny_pairs(12, seed=1),
+        options,
+        on_step,  # type: ignore[arg-type]
+    )
+
+
+def test_ordering_keeps_the_function_and_sorts_by_importance(pair):
+    elastic = order_channels(pair.generator, pair.groups["generator"])
+    inputs = pair.statistics["generator"]
+    full = elastic.network(elastic.slicer.dense_widths)
+    torch.testing.assert_close(full(inputs), pair.generator(inputs))
+    found = l1_importance(full, pair.groups["generator"])
+    for row, wanted, order, channels in zip(
+        found, elastic.importance, elastic.orders, elastic.slicer.dense_widths, strict=True
+    ):
+        torch.testing.assert_close(row, wanted)
+        assert bool((wanted.diff() <= 0).all())
+        assert sorted(order.tolist()) == list(range(channels))
+
+
+def test_ordering_copies(pair):
+    before = state_hash(pair.generator)
+    elastic = order_channels(pair.generator, pair.groups["generator"])
+    for tensor in elastic.tensors.values():
+        tensor.zero_()
+    assert state_hash(pair.generator) == before
+
+
+def distance(pair: Pair, elastic: ElasticNetwork, widths: Sequence[int]) -> float:
+    """Mean absolute difference to the dense outputs on the training images."""
+    inputs = pair.statistics["generator"]
+    with torch.no_grad():
+        made = recompute_statistics(elastic.network(widths), inputs)(inputs)
+        return float((made - pair.generator(inputs)).abs().mean())
+
+
+def logit_distance(pair: Pair, elastic: ElasticNetwork, widths: Sequence[int]) -> float:
+    seen = pair.statistics["discriminator"]
+    with torch.no_grad():
+        made = recompute_statistics(elastic.network(widths), seen)(seen)
+        return float((made - pair.discriminator(seen)).abs().mean())
+
+
+def test_a_few_steps_bring_small_widths_nearer_to_the_dense_pair(pair):
+    start = pair.ordered()
+    generator, discriminator = train(pair, OPTIONS)
+    for widths in (SMALLEST[0], (4, 8, 8, 8, 4)):
+        assert distance(pair, generator, widths) < 0.9 * distance(pair, start["generator"], widths)
+    assert logit_distance(pair, discriminator, SMALLEST[1]) < 0.9 * logit_distance(
+        pair, start["discriminator"], SMALLEST[1]
+    )
+
+
+def test_the_dense_pair_and_the_start_are_unchanged(pair):
+    start = pair.ordered()
+    before = [
+        state_hash(pair.generator),
+        state_hash(pair.discriminator),
+        *(tensors_hash(elastic.tensors) for elastic in start.values()),
+    ]
+    trained = train_elastic(
+        (pair.generator, pair.discriminator),
+        (start["generator"], start["discriminator"]),
+        SMALLEST,
+        (4, 2),
+        tiny_pairs(12),
+        replace(OPTIONS, steps=3),
+    )
+    after = [
+        state_hash(pair.generator),
+        state_hash(pair.discriminator),
+        *(tensors_hash(elastic.tensors) for elastic in start.values()),
+    ]
+    assert after == before
+    for elastic, old in zip(trained, start.values(), strict=True):
+        assert elastic.orders is old.orders
+        assert elastic.importance is old.importance
+        for name, tensor in elastic.tensors.items():
+            assert not tensor.requires_grad
+            same = torch.equal(tensor, old.tensors[name])
+            assert same == ("running" in name or "num_batches" in name), name
+
+
+def test_the_warm_up_depends_on_its_seed_alone(pair):
+    options = replace(OPTIONS, steps=4)
+    first = train(pair, options)
+    torch.rand(1000)  # the global generator plays no part
+    again, other = train(pair, options), train(pair, replace(options, seed=1))
+    assert [tensors_hash(e.tensors) for e in first] == [tensors_hash(e.tensors) for e in again]
+    for one, two in zip(first, other, strict=True):
+        assert tensors_hash(one.tensors) != tensors_hash(two.tensors)
+
+
+def test_every_step_is_told(pair):
+    told: list[tuple[int, int, float]] = []
+    train(pair, replace(OPTIONS, steps=3), lambda *progress: told.append(progress))
+    assert [(step, steps) for step, steps, _ in told] == [(1, 3), (2, 3), (3, 3)]
+    assert all(loss > 0 for *_, loss in told)
+
+
+dense_and_smallest = st.lists(st.integers(1, 64), min_size=1, max_size=6).flatmap(
+    lambda dense: st.tuples(st.just(dense), st.tuples(*[st.integers(1, width) for width in dense]))
+)
+
+
+@given(dense_and_smallest, st.integers(1, 16), st.floats(0, 2), st.integers(0, 2**31))
+def test_random_widths_are_legal(widths, multiple, spread, seed):
+    dense, smallest = widths
+    found = random_widths(dense, multiple, smallest, spread, random(seed))
+    assert len(found) == len(dense)
+    for width, channels in zip(found, dense, strict=True):
+        assert type(width) is int
+        assert width == channels or (0 < width < channels and width % multiple == 0)
+
+
+def test_random_widths_lie_between_the_smallest_and_the_dense():
+    dense, smallest = (32, 64, 128), (8, 16, 32)
+    found = torch.tensor([random_widths(dense, 4, smallest, 0.0, random(seed)) for seed in range(200)])
+    ratios = found / torch.tensor(dense)
+    assert float(ratios.min()) >= 0.25 - 2 / 32  # rounding
+    assert float(ratios.max()) <= 1
+    below = float((ratios[:, 2] < 0.5).float().mean())
+    assert 0.35 < below < 0.65  # as many below as above the geometric middle
+
+
+def lessons(options: ElasticOptions, count: int = 6, pairs: PairedImages | None = None) -> list[Tensor]:
+    images = teaching_images(pairs or tiny_pairs(12), options, random(options.seed))
+    return [torch.stack(both) for both in islice(images, count)]
+
+
+def test_lessons_never_end_and_keep_pairs_together():
+    """Targets that are the inputs' negatives stay so through mirrors, turns, shifts and mixing."""
+    inputs = tiny_pairs(12).inputs
+    pairs = PairedImages(inputs, 255 - inputs, ("",) * 12)
+    for batch in lessons(ElasticOptions(batch_size=5, shift=3), count=9, pairs=pairs):
+        assert batch.shape == (2, 5, 3, 8, 8)
+        torch.testing.assert_close(batch[1], -batch[0], atol=1e-6, rtol=0)
+
+
+def test_lessons_hold_only_pixels_of_the_images():
+    pairs = tiny_pairs(4)
+    known = set(pairs.inputs.flatten().tolist())
+    for batch in lessons(ElasticOptions(batch_size=4, shift=3), pairs=pairs):
+        assert set(to_uint8(batch[0]).flatten().tolist()) <= known
+
+
+def test_without_mixing_a_lesson_is_one_image_turned_and_rolled():
+    pairs = tiny_pairs(3)
+    turned = [
+        torch.rot90(x, k, (-2, -1))
+        for image in pairs.inputs
+        for x in (image, image.flip(-1))
+        for k in range(4)
+    ]
+    known = {
+        torch.roll(x, (down, right), (-2, -1)).numpy().tobytes()
+        for x in turned
+        for down in (-1, 0, 1)
+        for right in (-1, 0, 1)
+    }
+    made = torch.cat(
+        [batch[0] for batch in lessons(ElasticOptions(batch_size=3, shift=1, mixing=0.0), pairs=pairs)]
+    )
+    shown = {image.numpy().tobytes() for image in to_uint8(made)}
+    assert shown <= known
+    assert len(shown) > 12  # of 18: hardly one twice
+    mixed = torch.cat(
+        [batch[0] for batch in lessons(ElasticOptions(batch_size=3, shift=1, mixing=1.0), pairs=pairs)]
+    )
+    assert not {image.numpy().tobytes() for image in to_uint8(mixed)} <= known
+
+
+def test_images_that_are_not_square_keep_their_shape():
+    wide = torch.randint(0, 256, (4, 3, 8, 12), generator=random(), dtype=torch.uint8)
+    for batch in lessons(ElasticOptions(batch_size=4), pairs=PairedImages(wide, wide, ("",) * 4)):
+        assert batch.shape == (2, 4, 3, 8, 12)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_lessons_depend_on_their_seed(seed):
+    options = ElasticOptions(batch_size=4)
+    same = [
+        torch.equal(a, b) for a, b in zip(lessons(options), lessons(replace(options, seed=seed)), strict=True)
+    ]
+    assert all(same) if seed == 0 else not any(same)
