@@ -1,4 +1,4 @@
-"""The door between a PettingZoo team and stable-baselines3: one slot of a vectorised environment per agent."""
+"""The door between a PettingZoo team and stable-baselines3: one slot of a VecEnv per agent."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class TeamVecEnv(VecEnv):
                 )
         self._actions: NDArray[np.float32] | None = None
         self._return, self._length = 0.0, 0
-        super().__init__(len(self.slots), spaces.Dict({"local": local, "state": env.state_space}), action)
+        super().__init__(len(self.slots), policy_space(local, env.state_space), action)
 
     def reset(self) -> Observations:
         """Start an episode; the seed and options set before are used up."""
@@ -86,6 +86,8 @@ class TeamVecEnv(VecEnv):
 
     def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
         """The environment's attribute, once per asked slot."""
+        if attr_name == "render_mode" and not hasattr(self.env, attr_name):
+            return [None for _ in self._get_indices(indices)]  # PettingZoo does not require it, SB3 warns
         return [getattr(self.env, attr_name) for _ in self._get_indices(indices)]
 
     def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
@@ -113,3 +115,13 @@ def stack(
     """What a policy over ``Dict(local, state)`` sees: (agents, local size) and (agents, state size)."""
     local = np.stack([observations[agent] for agent in slots]).astype(np.float32)
     return {"local": local, "state": np.repeat(state[None].astype(np.float32), len(slots), axis=0)}
+
+
+def policy_space(local: spaces.Space, state: spaces.Space) -> spaces.Dict:
+    """The observation space of a policy: one agent's vector and the team's state."""
+    return spaces.Dict({"local": local, "state": state})
+
+
+def action_space() -> spaces.Box:
+    """What an agent of the pruning environment does: one number in [-1, 1]."""
+    return spaces.Box(-1.0, 1.0, (1,), np.float32)

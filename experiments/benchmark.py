@@ -36,8 +36,8 @@ class Options:
 
     task: str = "edges2emoji"
     """Embedded task."""
-    budget: str = ""
-    """Budgets of the scored plans (default: the default job's)."""
+    budget: str = "generator=0.1,discriminator=0.5"
+    """Budgets of the scored plans."""
     plans: int = 20
     """Plans to score."""
     output: Path | None = None

@@ -13,7 +13,6 @@ from agents.registry import AGENTS as LEARNERS
 from rich.console import Console
 from torch import nn
 
-from envs.budget import Budget
 from envs.pruning_env import PruningEnv
 from envs.records import Evaluation
 from envs.rewards import Weights
@@ -49,7 +48,7 @@ from gan.features import load_extractor
 from gan.files import file_hash, write_json
 from gan.plans import Plan
 from gan.scoring import Scorer, run_batched
-from gan.tasks import AGENTS, Task, load_elastic, load_task, save_elastic
+from gan.tasks import AGENTS, STATISTICS_IMAGES, Task, load_elastic, load_task, save_elastic
 from gan.training import TrainingOptions, TrainingProgress, finetune
 
 Pair = tuple[nn.Module, nn.Module]
@@ -71,17 +70,17 @@ class Options:
     task: str = "edges2emoji"
     """Embedded task."""
     algo: str = "mappo"
-    """Learner: a name of agents/registry.py."""
+    """Learner: mappo, ippo, random, uniform, or what you add to agents/registry.py."""
     seed: int = 0
     """Of the search and of the finetuning."""
-    budget: str = ""
-    """Share of the cost to keep: [agent=]LOW[:HIGH],… (default: generator=0.1,discriminator=0.5)."""
+    budget: str = "generator=0.1,discriminator=0.5"
+    """Share of the cost to keep: [agent=]LOW[:HIGH],…; a bare number is the generator's."""
     cost: Literal["macs", "params"] = "macs"
     """What the budget is a share of."""
     evaluations: int = 800
     """Plans that the search may score."""
     output: Path | None = None
-    """New run folder (default: runs/TASK-ALGO-sSEED)."""
+    """New run folder; without it runs/TASK-ALGO-sSEED, numbered when that exists."""
     start: Literal["elastic", "dense"] = "elastic"
     """Score and finetune slices of elastic weights, or raw slices of the dense ones."""
     reward: Literal["step", "final"] = "step"
@@ -104,19 +103,20 @@ class Options:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What ``--quick`` makes small; None = all."""
+    """What ``--quick`` makes small: numbers of plans, epochs and images; None = all."""
 
     evaluations: int
     epochs: int
     probe: int | None
+    statistics: int
     train: int | None
     test: int | None
 
     @classmethod
     def of(cls, options: Options) -> Sizes:
         if options.quick:
-            return cls(min(options.evaluations, 24), 1, 24, 48, 32)
-        return cls(options.evaluations, options.epochs, None, None, None)
+            return cls(min(options.evaluations, 24), 1, 16, 16, 48, 32)
+        return cls(options.evaluations, options.epochs, None, STATISTICS_IMAGES, None, None)
 
 
 def main(options: Options) -> None:
@@ -161,9 +161,9 @@ def open_folder(options: Options) -> tuple[Options, RunFolder]:
             )
     budgets = build_budgets(options.budget)
     task = load_task(options.task, pick_device(options.device))
+    check_reachable(task, budgets, options.cost)
     if options.start == "elastic" and not options.warm_up:
         task.shipped_elastic()
-    check_reachable(task, budgets, options.cost)
     folder = create_run(options.task, options.algo, options.seed, options.output)
     describe_run(folder, options, device=str(task.device), threads=torch.get_num_threads())
     return options, folder
@@ -173,7 +173,9 @@ def run(options: Options, folder: RunFolder, console: Console) -> None:
     """Search, slice, finetune, measure; everything that comes out goes to the folder."""
     watch, sizes = Watch(console), Sizes.of(options)
     console.print(
-        f"[bold]{folder.path}[/bold]  {options.task}, {options.algo}, seed {options.seed}", highlight=False
+        f"[bold]{folder.path}[/bold]  {options.task}, {options.algo}, seed {options.seed}",
+        highlight=False,
+        soft_wrap=True,
     )
     with watch.stage("load"):
         task = load_task(options.task, pick_device(options.device))
@@ -181,11 +183,13 @@ def run(options: Options, folder: RunFolder, console: Console) -> None:
         test = task.test if sizes.test is None else task.test.take(sizes.test)
     weights = prepare_weights(options, task, folder, watch)
     with watch.stage("scorer"):
-        scorer = task.scorer(options.cost, weights=weights, probe=sizes.probe)
+        scorer = task.scorer(
+            options.cost, weights=weights, probe=sizes.probe, statistics_images=sizes.statistics
+        )
 
     env, agent = search(options, sizes, scorer, folder, watch)
     best = pick(env, agent, folder)
-    console.print(f"best plan: {describe(best)}", highlight=False)
+    console.print(f"best plan: {describe(best)}", highlight=False, soft_wrap=True)
 
     uniform = env.uniform_plan(best.budgets)
     pairs: dict[str, Pair] = {
@@ -222,7 +226,7 @@ def run(options: Options, folder: RunFolder, console: Console) -> None:
     # Written last: a run that has it is finished.
     write_json(folder.evaluation, {"seconds": watch.seconds, "protocol": protocol, "rows": rows})
     evaluation_table(rows, console)
-    console.print(f"{protocol}\neverything is in {folder.path}", highlight=False)
+    console.print(f"{protocol}\neverything is in {folder.path}", highlight=False, soft_wrap=True)
 
 
 def prepare_weights(
@@ -279,7 +283,7 @@ def search(
     )
     replayed = len(env.scorer.log.counted) if env.scorer.log else 0
     if replayed:
-        watch.console.print(f"{replayed} plans are known from the log", highlight=False)
+        watch.console.print(f"{replayed} plans are known from the log", highlight=False, soft_wrap=True)
     listener = SearchListener(
         MetricsLog(folder.metrics),
         scorer.networks,
@@ -299,6 +303,7 @@ def search(
             f"note: the repeated search left the log at plan {env.scorer.replay_left}, because versions, "
             "device or threads are not those of the first time; it went on from there with plans of its own",
             highlight=False,
+            soft_wrap=True,
         )
     folder.policy.mkdir(exist_ok=True)
     agent.save(folder.policy)
@@ -311,10 +316,9 @@ def pick(env: PruningEnv, agent: Agent, folder: RunFolder) -> Evaluation:
     Where the budget was a range, plans of different budgets do not compare: the agents' plan at the
     lowest budget is taken.
     """
-    ranged = env.best is None
-    env = fixed_at_lowest(env) if ranged else env
-    proposed = env.evaluate(agent.propose(env), counted=False)
-    best = proposed if ranged or env.best is None else env.best
+    lowest = {name: budget.low for name, budget in env.budgets.items()}
+    proposed = env.evaluate(agent.propose(env, lowest), lowest, counted=False)
+    best = proposed if env.best is None else env.best
     uniform = env.evaluate(env.uniform_plan(best.budgets), best.budgets, counted=False)
     found = {"best": best, "proposed": proposed, "uniform": uniform}
     described = {
@@ -330,14 +334,6 @@ def pick(env: PruningEnv, agent: Agent, folder: RunFolder) -> Evaluation:
     }
     write_json(folder.plan, plain(described))
     return best
-
-
-def fixed_at_lowest(env: PruningEnv) -> PruningEnv:
-    """The same environment with every budget at the low end of its range."""
-    budgets = {agent: Budget(budget.low, budget.low) for agent, budget in env.budgets.items()}
-    fixed = PruningEnv(env.scorer, budgets, weights=env.weights, reward=env.reward)
-    fixed.prepare()
-    return fixed
 
 
 def describe(evaluation: Evaluation) -> str:

@@ -79,9 +79,9 @@ def read_recipe(path: Path) -> dict[str, Any]:
         raise UserError(f"{path} has no recipe: {recipe.name} must lie beside it and name the architecture")
     try:
         data = json.loads(recipe.read_text())
-    except json.JSONDecodeError as error:
+    except ValueError as error:  # no JSON, or not even text
         raise UserError(f"the recipe {recipe} is no valid JSON ({error}); get it again") from error
-    if not isinstance(data, dict) or "architecture" not in data:
+    if not isinstance(data, dict) or not isinstance(data.get("architecture"), dict):
         raise UserError(f"the recipe {recipe} has no key 'architecture'; it is no recipe of a network")
     return data
 

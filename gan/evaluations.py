@@ -112,7 +112,7 @@ class EvaluationLog:
     next append.
 
     Raises:
-        LogMismatch: if the file was written by a scorer with another fingerprint.
+        LogMismatch: if the file was written by a scorer with another fingerprint, or is no log.
     """
 
     def __init__(self, path: Path, fingerprint: Mapping[str, str]) -> None:
@@ -132,7 +132,12 @@ class EvaluationLog:
         if not lines:
             path.write_text(json.dumps(header) + "\n")
             return
-        found = json.loads(lines[0])
+        try:
+            found = json.loads(lines[0])
+        except json.JSONDecodeError:
+            found = None
+        if not isinstance(found, dict):
+            raise LogMismatch(f"{path} is no evaluation log: its first line is no header; use another path")
         wrong = sorted(key for key in {*header, *found} if header.get(key) != found.get(key))
         if wrong:
             raise LogMismatch(

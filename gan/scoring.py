@@ -162,8 +162,15 @@ class Scorer:
                 }
             ),
             "probe": tensors_hash(
-                {"inputs": yardstick.inputs, "targets": yardstick.targets, "dense": yardstick.outputs}
+                {
+                    "inputs": yardstick.inputs,
+                    "targets": yardstick.targets,
+                    "dense": yardstick.outputs,
+                    "real_logits": yardstick.real_logits,
+                    "fake_logits": yardstick.fake_logits,
+                }
             ),
+            "statistics": tensors_hash({k: agent.statistics_inputs for k, agent in self._agents.items()}),
             "extractor": f"{yardstick.extractor.name} {yardstick.extractor.fingerprint}",
             "formulas": FORMULAS,
         }

@@ -197,6 +197,23 @@ def test_channels_tied_to_the_output_are_no_decision():
     assert [group.name for group in groups] == ["inside"]
 
 
+class TwoHeaded(nn.Module):
+    """Hands back what its first convolution makes, unread, beside the rest."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.mask, self.image = nn.Conv2d(3, 5, 1), nn.Conv2d(5, 4, 1), nn.Conv2d(5, 3, 1)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = self.trunk(x)
+        return self.mask(x), self.image(x)
+
+
+def test_channels_that_nothing_reads_are_no_decision():
+    groups = find_groups(TwoHeaded(), [torch.zeros(1, 3, 8, 8)])
+    assert [group.name for group in groups] == ["trunk"]
+
+
 def test_resolutions_are_noted_in_forward_order():
     network = tiny_generator()
     found = trace_resolutions(network, [torch.zeros(1, 3, 8, 8)])

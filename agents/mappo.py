@@ -1,0 +1,379 @@
+"""MAPPO on stock SB3 PPO: actors that see their own vector, a critic that sees the team's state."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from stable_baselines3 import PPO
+from stable_baselines3.common.callbacks import BaseCallback
+from stable_baselines3.common.policies import ActorCriticPolicy
+from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
+from torch import Tensor, nn
+
+from agents.base import (
+    check_limited,
+    read_description,
+    read_options,
+    rehearse,
+    resolve_budgets,
+    write_description,
+)
+from agents.tensorboard import EpisodeLog
+from agents.vec_env import TeamVecEnv, action_space, policy_space, stack
+from envs.observations import LOCAL_FIELDS, STATE_FIELDS, build_space
+from envs.pruning_env import PruningEnv
+from gan.checkpoints import load_tensors, save_tensors
+from gan.errors import UserError, unknown
+from gan.evaluations import CountedScorer
+from gan.plans import Plan
+
+Critic = Literal["shared", "own"]
+
+WEIGHTS = "policy.safetensors"
+"""The policy's tensors, in an agent's folder."""
+
+LOCAL_NAMES = [field.name for field in LOCAL_FIELDS]
+STATE_NAMES = [field.name for field in STATE_FIELDS]
+KIND = LOCAL_NAMES.index("is_discriminator")
+POSITION = LOCAL_NAMES.index("position")
+
+ENDLESS = 2**40
+"""Steps that SB3 may take: the evaluations end a search, not the steps."""
+
+
+@dataclass(frozen=True)
+class MappoOptions:
+    """Options of :class:`Mappo`, found on the toy problem and larger analytic ones.
+
+    Attributes:
+        critic: ``shared`` sees the team's state (MAPPO); ``own``: one per network kind, which sees only what
+            its actor sees (IPPO), for comparison.
+        episodes: episodes per rollout, ≥ 1. SB3's default of 2,048 steps would never update in a short run.
+        learning_rate: of Adam.
+        epochs: passes over a rollout.
+        minibatches: parts that a rollout is split into.
+        gae_lambda: 0 trusts the critic, 1 the returns (Schulman et al. 2016, eq. 16).
+        clip: largest change of a probability ratio in one update.
+        entropy: weight of the entropy bonus.
+        std: initial standard deviation of actions; 1 is a move by the factor 3.
+        hidden: width of the one hidden layer of every network.
+        waves: sines and cosines of the group's position that the actor sees beside its vector, ≥ 0. A small
+            network is smooth in the position, but neighbouring layers may want opposite moves.
+    """
+
+    critic: Critic = "shared"
+    episodes: int = 8
+    learning_rate: float = 3e-3
+    epochs: int = 10
+    minibatches: int = 4
+    gae_lambda: float = 0.5
+    clip: float = 0.2
+    entropy: float = 0.0
+    std: float = 0.4
+    hidden: int = 64
+    waves: int = 6
+
+    def __post_init__(self) -> None:
+        if self.critic not in get_args(Critic):
+            raise unknown("critic", str(self.critic), get_args(Critic))
+        for name in ("episodes", "epochs", "minibatches", "hidden"):
+            if getattr(self, name) < 1:
+                raise UserError(f"{name} must be at least 1; got {getattr(self, name)}")
+        for name in ("learning_rate", "clip", "std"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"{name} must be above 0; got {getattr(self, name)}")
+        if not (0 <= self.gae_lambda <= 1 and self.entropy >= 0 and self.waves >= 0):
+            raise UserError(f"gae_lambda must be in [0, 1], entropy and waves at least 0; got {self}")
+
+
+class Both(BaseFeaturesExtractor):
+    """Hands ``Dict(local, state)`` on as it is: actor and critic pick their own part.
+
+    SB3 would flatten both into one vector that actor and critic share; then the actors would see the state.
+    """
+
+    def __init__(self, observation_space: Any) -> None:
+        super().__init__(observation_space, features_dim=1)  # a size that nothing reads
+
+    def forward(self, observations: dict[str, Tensor]) -> dict[str, Tensor]:  # type: ignore[override]
+        """The observations."""
+        return observations
+
+
+class Trunk(nn.Module):
+    """A hidden layer over one vector.
+
+    Args:
+        size: length of the vector.
+        hidden: width of the layer.
+        waves: frequencies of the position's sines and cosines to add; 0 for none.
+    """
+
+    def __init__(self, size: int, hidden: int, waves: int = 0) -> None:
+        super().__init__()
+        self.waves = waves
+        self.layer = nn.Linear(size + 2 * waves, hidden)
+
+    def forward(self, vector: Tensor) -> Tensor:
+        """(batch, size) → (batch, hidden)."""
+        if self.waves:
+            frequencies = math.pi * torch.arange(1, self.waves + 1, dtype=vector.dtype)
+            angles = vector[:, POSITION : POSITION + 1] * frequencies
+            vector = torch.cat([vector, angles.sin(), angles.cos()], dim=1)
+        return torch.tanh(self.layer(vector))
+
+
+class TrunkPerKind(nn.Module):
+    """One trunk for generators and one for discriminators, side by side.
+
+    The output has room for both, and the kind that a vector is not of stays 0: so one linear head on top is a
+    head per kind.
+    """
+
+    def __init__(self, size: int, hidden: int, waves: int = 0) -> None:
+        super().__init__()
+        self.generator = Trunk(size, hidden, waves)
+        self.discriminator = Trunk(size, hidden, waves)
+
+    def forward(self, local: Tensor) -> Tensor:
+        """(batch, size) → (batch, 2 × hidden)."""
+        is_discriminator = local[:, KIND : KIND + 1]
+        parts = [self.generator(local) * (1 - is_discriminator), self.discriminator(local) * is_discriminator]
+        return torch.cat(parts, dim=1)
+
+
+class Trunks(nn.Module):
+    """What SB3 calls ``mlp_extractor``: the actors' trunks on ``local``, the critic's on its own part."""
+
+    def __init__(self, local: int, state: int, critic: Critic, hidden: int, waves: int) -> None:
+        super().__init__()
+        self.actor = TrunkPerKind(local, hidden, waves)
+        self.critic: nn.Module
+        if critic == "shared":
+            self.critic, self.critic_sees, self.latent_dim_vf = Trunk(state, hidden), "state", hidden
+        else:
+            self.critic, self.critic_sees = TrunkPerKind(local, hidden, waves), "local"
+            self.latent_dim_vf = 2 * hidden
+        self.latent_dim_pi = 2 * hidden
+
+    def forward_actor(self, observations: Mapping[str, Tensor]) -> Tensor:
+        """(batch, latent_dim_pi)."""
+        return self.actor(observations["local"])
+
+    def forward_critic(self, observations: Mapping[str, Tensor]) -> Tensor:
+        """(batch, latent_dim_vf)."""
+        return self.critic(observations[self.critic_sees])
+
+
+class TeamPolicy(ActorCriticPolicy):
+    """A policy over ``Dict(local, state)``: decentralised actors, a critic of its own eyes.
+
+    The actions' mean is exactly 0 to begin with: uniform pruning. Actions are clipped, not squashed: inside
+    the box the Gaussian is what it says, 0 stays reachable exactly, and SB3 squashes only under gSDE, whose
+    noise would be the same for a whole rollout.
+
+    Args:
+        args: as of SB3's policies.
+        critic: what the critic sees.
+        hidden: width of the hidden layers.
+        waves: position frequencies of the actors.
+        options: as of SB3's policies.
+    """
+
+    def __init__(self, *args: Any, critic: Critic, hidden: int, waves: int, **options: Any) -> None:
+        self._trunks = {"critic": critic, "hidden": hidden, "waves": waves}
+        # set here, not by the caller: a policy that is built alone would forget it and share its extractor
+        super().__init__(
+            *args, **{**options, "features_extractor_class": Both, "share_features_extractor": False}
+        )
+        nn.init.zeros_(self.action_net.weight)  # type: ignore[arg-type]
+        nn.init.zeros_(self.action_net.bias)  # type: ignore[arg-type]
+
+    def _build_mlp_extractor(self) -> None:
+        local, state = (self.observation_space[key].shape[0] for key in ("local", "state"))  # type: ignore[index]
+        self.mlp_extractor = Trunks(local, state, **self._trunks)  # type: ignore[assignment, arg-type]
+
+
+class Progress(BaseCallback):
+    """Ends the search with its evaluations, and logs every finished episode once.
+
+    Args:
+        scorer: counts the evaluations.
+        log: takes the episodes.
+    """
+
+    def __init__(self, scorer: CountedScorer, log: EpisodeLog) -> None:
+        super().__init__()
+        self.scorer = scorer
+        self.log = log
+
+    def _on_step(self) -> bool:
+        info = self.locals["infos"][0]  # the team's numbers stand in every slot; one is enough
+        if "episode" in info:
+            self.log.record(self.scorer.evaluations, info["potential"], info["scores"])
+        return not self.scorer.exhausted
+
+
+@contextmanager
+def private_randomness() -> Iterator[None]:
+    """SB3 seeds Python, NumPy and torch globally: give everyone else their state back afterwards."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - SB3 uses the global one
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+
+
+class Mappo:
+    """Multi-agent PPO (Yu et al. 2022, arXiv:2103.01955): cooperative actors and one centralised critic.
+
+    Every agent is a slot of the vectorised environment, so SB3's ratios are per agent, while the team's
+    reward and the critic's view, and with them the advantages, are the same for all. γ = 1: a return is the
+    final plan's gain over uniform, whose unit is fit to learn from (typical difference of random plans).
+
+    Args:
+        seed: of weights, actions and budgets drawn.
+        name: as in the registry.
+        tensorboard: folder for event files; None writes none.
+        options: fields of :class:`MappoOptions`.
+    """
+
+    def __init__(
+        self, seed: int = 0, *, name: str = "mappo", tensorboard: Path | None = None, **options: Any
+    ) -> None:
+        self.name = name
+        self.seed = seed
+        self.tensorboard = tensorboard
+        self.options: MappoOptions = read_options(MappoOptions, name, options)
+        self.policy: TeamPolicy | None = None
+
+    def learn(self, env: PruningEnv) -> None:
+        check_limited(env, self.name)
+        log = EpisodeLog(self.tensorboard)
+        try:
+            with private_randomness():
+                ppo = self._build_ppo(TeamVecEnv(env))
+                ppo.set_logger(log.logger)
+                self.policy = ppo.policy  # type: ignore[assignment]
+                # log_interval: SB3 would add its own rows, over steps instead of evaluations
+                ppo.learn(ENDLESS, Progress(env.scorer, log), log_interval=None)  # type: ignore[arg-type]
+        finally:
+            log.close()
+
+    def propose(self, env: PruningEnv, budgets: Mapping[str, float] | None = None) -> Plan:
+        """The last plan of an episode of the policy's means."""
+        policy = self.policy or self._build_policy()
+        stage = rehearse(env)
+        observations, _ = stage.reset(options={"budgets": resolve_budgets(env, budgets)})
+        policy.set_training_mode(False)
+        while stage.agents:
+            seen = stack(stage.possible_agents, observations, stage.state())
+            actions, _ = policy.predict(seen, deterministic=True)  # type: ignore[arg-type]
+            observations, *_ = stage.step(dict(zip(stage.possible_agents, actions, strict=True)))
+        return stage.plan
+
+    def save(self, folder: Path) -> None:
+        policy = self.policy or self._build_policy()
+        content = {
+            "seed": self.seed,
+            "options": asdict(self.options),
+            "local": LOCAL_NAMES,
+            "state": STATE_NAMES,
+        }
+        write_description(folder, self.name, content)
+        save_tensors(folder / WEIGHTS, policy.state_dict())
+
+    def load(self, folder: Path) -> None:
+        content = read_description(folder, self.name)
+        for part, names in (("local", LOCAL_NAMES), ("state", STATE_NAMES)):
+            check_names(folder, part, content.get(part), names)
+        try:
+            options = read_options(MappoOptions, self.name, content["options"])
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{folder} holds no readable options ({error}); train the agent again") from error
+        tensors = load_tensors(folder / WEIGHTS)
+        policy = self._build_policy(options)
+        try:
+            policy.load_state_dict(tensors)
+        except RuntimeError as error:
+            detail = str(error).splitlines()[-1].strip()
+            raise UserError(f"the policy in {folder} does not fit its options: {detail}") from error
+        self.options, self.policy = options, policy
+
+    def _build_ppo(self, slots: TeamVecEnv) -> PPO:
+        options = self.options
+        steps = slots.env.horizon * options.episodes
+        known = None if self.policy is None else self.policy.state_dict()
+        ppo = PPO(
+            TeamPolicy,
+            slots,
+            learning_rate=options.learning_rate,
+            n_steps=steps,
+            batch_size=batch_size(steps * slots.num_envs, options.minibatches),
+            n_epochs=options.epochs,
+            gamma=1.0,
+            gae_lambda=options.gae_lambda,
+            clip_range=options.clip,
+            ent_coef=options.entropy,
+            policy_kwargs=self._policy_options(options),
+            seed=self.seed,
+            device="cpu",
+        )
+        if known is not None:
+            ppo.policy.load_state_dict(known)
+        return ppo
+
+    def _build_policy(self, options: MappoOptions | None = None) -> TeamPolicy:
+        """An untrained policy, which no environment is needed for."""
+        options = options or self.options
+        schedule: Callable[[float], float] = lambda _: options.learning_rate  # noqa: E731 - SB3 wants a schedule
+        with private_randomness():
+            torch.manual_seed(self.seed)
+            return TeamPolicy(
+                policy_space(build_space(LOCAL_FIELDS), build_space(STATE_FIELDS)),
+                action_space(),
+                schedule,
+                **self._policy_options(options),
+            )
+
+    @staticmethod
+    def _policy_options(options: MappoOptions) -> dict[str, Any]:
+        return {
+            "critic": options.critic,
+            "hidden": options.hidden,
+            "waves": options.waves,
+            "log_std_init": math.log(options.std),
+        }
+
+
+def batch_size(rows: int, minibatches: int) -> int:
+    """Rows per minibatch: a divisor of all rows, at least 2, as near to the wish as there is."""
+    divisors = [size for size in range(2, rows + 1) if rows % size == 0]
+    return min(divisors, key=lambda size: abs(size - rows / minibatches))
+
+
+def check_names(folder: Path, part: str, found: Any, expected: list[str]) -> None:
+    """Refuse a policy that was trained on other observations.
+
+    Raises:
+        UserError: with the names that differ.
+    """
+    if found == expected:
+        return
+    names = set(map(str, found)) if isinstance(found, list) else set()
+    differ = sorted(names ^ set(expected))
+    detail = f"they differ in {', '.join(differ)}" if differ else "they stand in another order"
+    raise UserError(
+        f"the policy in {folder} was trained on other {part} observations than this version gives: {detail}; "
+        "train it again"
+    )

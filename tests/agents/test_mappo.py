@@ -1,0 +1,249 @@
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from agents.mappo import KIND, LOCAL_NAMES, STATE_NAMES, Mappo, batch_size
+from agents.registry import build_agent
+from agents.vec_env import TeamVecEnv
+from envs.toy import toy_env
+from gan.errors import UserError
+from tests.agents.conftest import Recorded
+
+Batch = dict[str, torch.Tensor]
+
+
+@pytest.fixture
+def batch() -> Batch:
+    generator = torch.Generator().manual_seed(0)
+    local = torch.rand(6, len(LOCAL_NAMES), generator=generator)
+    local[:, KIND] = torch.tensor([0.0, 1.0] * 3)
+    return {"local": local, "state": torch.rand(6, len(STATE_NAMES), generator=generator)}
+
+
+def perturbed(name: str = "mappo") -> Mappo:
+    """An agent whose heads are not 0."""
+    agent = build_agent(name)
+    assert isinstance(agent, Mappo)
+    agent.policy = agent._build_policy()
+    with torch.no_grad():
+        for parameter in agent.policy.parameters():
+            parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    return agent
+
+
+def changed(before: torch.Tensor, after: torch.Tensor) -> list[bool]:
+    return [bool(row) for row in (before != after).flatten(1).any(1)]
+
+
+def test_a_fresh_policy_acts_0(batch: Batch) -> None:
+    policy = build_agent("mappo")._build_policy()
+    assert policy.get_distribution(batch).mode().abs().max() == 0
+    assert policy.log_std.exp().item() == pytest.approx(build_agent("mappo").options.std)
+
+
+def test_actors_see_their_own_vector_and_the_shared_critic_the_state(batch: Batch) -> None:
+    policy = perturbed().policy
+    for key, actor_changes in (("local", True), ("state", False)):
+        shift = torch.full(batch[key].shape, 0.1)
+        if key == "local":
+            shift[:, KIND] = 0  # the kind routes
+        other = batch | {key: batch[key] + shift}
+        means = changed(policy.get_distribution(batch).mode(), policy.get_distribution(other).mode())
+        values = changed(policy.predict_values(batch), policy.predict_values(other))
+        assert means == [actor_changes] * 6
+        assert values == [not actor_changes] * 6
+        assert changed(policy(batch)[1], policy(other)[1]) == values  # the same through the training path
+
+
+def test_own_critics_see_no_state(batch: Batch) -> None:
+    policy = perturbed("ippo").policy
+    other = batch | {"state": batch["state"] + 0.1}
+    assert changed(policy.predict_values(batch), policy.predict_values(other)) == [False] * 6
+
+
+@pytest.mark.parametrize("name", ["mappo", "ippo"])
+def test_each_kind_has_its_own_trunk(name: str, batch: Batch) -> None:
+    policy = perturbed(name).policy
+    before, values = policy.get_distribution(batch).mode(), policy.predict_values(batch)
+    with torch.no_grad():
+        policy.mlp_extractor.actor.discriminator.layer.weight += 0.1
+        if name == "ippo":
+            policy.mlp_extractor.critic.discriminator.layer.weight += 0.1
+    assert changed(before, policy.get_distribution(batch).mode()) == [False, True] * 3
+    assert changed(values, policy.predict_values(batch)) == [False, name == "ippo"] * 3
+
+
+def test_the_extractor_cannot_be_shared() -> None:
+    agent = build_agent("mappo")
+    slots_policy = agent._build_policy()
+    rebuilt = type(slots_policy)(
+        slots_policy.observation_space,
+        slots_policy.action_space,
+        lambda _: 1e-3,
+        critic="shared",
+        hidden=8,
+        waves=0,
+        share_features_extractor=True,
+    )
+    assert not rebuilt.share_features_extractor
+
+
+def test_advantages_are_the_teams(recorded: Recorded) -> None:
+    env, _ = recorded(1000)
+    ppo = build_agent("mappo", episodes=2)._build_ppo(TeamVecEnv(env))
+    ppo.learn(1)
+    advantages = ppo.rollout_buffer.advantages.reshape(2, -1)  # flat after training, slot by slot
+    np.testing.assert_allclose(advantages[0], advantages[1], rtol=1e-5, atol=1e-6)
+    assert np.ptp(advantages) > 0
+
+
+def test_learning_leaves_the_global_generators_alone(recorded: Recorded) -> None:
+    def draw() -> tuple[float, float, float]:
+        return random.random(), float(np.random.random()), float(torch.rand(()))  # noqa: NPY002
+
+    state = random.getstate(), np.random.get_state(), torch.get_rng_state()  # noqa: NPY002
+    expected = draw()
+    random.setstate(state[0])
+    np.random.set_state(state[1])  # noqa: NPY002
+    torch.set_rng_state(state[2])
+    env, _ = recorded(60)
+    build_agent("mappo", seed=4).learn(env)
+    assert draw() == expected
+
+
+def test_the_search_ends_with_its_evaluations_in_mid_episode_too(recorded: Recorded) -> None:
+    left_over = []
+    for limit in (21, 22, 23):
+        env, recorder = recorded(limit)
+        build_agent("mappo").learn(env)
+        assert env.scorer.evaluations == len(set(recorder.keys)) == limit
+        assert recorder.keys[-1] not in recorder.keys[:-1]  # ended right at the last new plan
+        assert len(recorder.episodes) == len(recorder.plans) // env.horizon
+        left_over.append(len(recorder.plans) % env.horizon)
+    assert any(left_over)
+
+
+def test_training_changes_the_proposal_and_goes_on_from_a_loaded_policy(
+    recorded: Recorded, tmp_path: Path
+) -> None:
+    env, _ = recorded(200)
+    agent = build_agent("mappo", seed=0)
+    agent.learn(env)
+    assert agent.propose(env) != env.uniform_plan()
+    agent.save(tmp_path)
+    warm = build_agent("mappo", seed=1)
+    warm.load(tmp_path)
+    short, _ = recorded(3)  # too short for an update
+    warm.learn(short)
+    assert warm.propose(env) == agent.propose(env)
+
+
+def test_a_policy_runs_on_other_networks(recorded: Recorded) -> None:
+    env, _ = recorded(100)
+    agent = build_agent("mappo", seed=0)
+    agent.learn(env)
+    other, _ = recorded(None, multiple=8)
+    assert other.evaluate(agent.propose(other), counted=False).unused
+
+
+def test_final_rewards_cost_one_evaluation_an_episode(recorded: Recorded) -> None:
+    env, recorder = recorded(20, reward="final")
+    build_agent("mappo").learn(env)
+    assert len(recorder.plans) == len(recorder.episodes) == env.scorer.requests
+
+
+def test_tensorboard_has_every_term_once_per_episode(recorded: Recorded, tmp_path: Path) -> None:
+    env, recorder = recorded(150)
+    build_agent("mappo", tensorboard=tmp_path).learn(env)
+    events = EventAccumulator(str(tmp_path)).Reload()
+    terms = recorder.plans[0].term_scores
+    for tag in ("episode/return", *(f"score/{term}" for term in terms)):
+        assert len(events.Scalars(tag)) == len(recorder.episodes)
+    returns = events.Scalars("episode/return")
+    assert [event.step for event in returns] == [e.evaluations for e in recorder.episodes]
+    np.testing.assert_allclose(
+        [event.value for event in returns],
+        [episode.return_ for episode in recorder.episodes],
+        rtol=1e-5,
+    )
+    assert "train/value_loss" in events.Tags()["scalars"]
+
+
+def test_nothing_is_printed(recorded: Recorded, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    env, _ = recorded(60)
+    build_agent("mappo", tensorboard=tmp_path).learn(env)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_policy_of_other_observations_is_refused(tmp_path: Path) -> None:
+    agent = build_agent("mappo")
+    agent.save(tmp_path)
+    path = tmp_path / "agent.json"
+    content = json.loads(path.read_text())
+    content["local"][3] = "mood"
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match=f"they differ in {LOCAL_NAMES[3]}, mood"):
+        agent.load(tmp_path)
+    content["local"] = LOCAL_NAMES[::-1]
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="another order"):
+        agent.load(tmp_path)
+
+
+def test_damaged_weights_are_refused(tmp_path: Path) -> None:
+    agent = build_agent("mappo")
+    agent.save(tmp_path)
+    weights = tmp_path / "policy.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match="damaged"):
+        agent.load(tmp_path)
+    weights.unlink()
+    with pytest.raises(UserError, match="does not exist"):
+        agent.load(tmp_path)
+
+
+def test_weights_of_another_size_are_refused(tmp_path: Path) -> None:
+    build_agent("mappo", hidden=8).save(tmp_path)
+    path = tmp_path / "agent.json"
+    content = json.loads(path.read_text())
+    content["options"]["hidden"] = 9
+    path.write_text(json.dumps(content))
+    with pytest.raises(UserError, match="does not fit its options"):
+        build_agent("mappo").load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"critic": "borrowed"}, {"episodes": 0}, {"std": 0.0}, {"gae_lambda": 1.5}, {"learning_rate": -1.0}],
+)
+def test_impossible_options_are_refused(options: dict[str, object]) -> None:
+    with pytest.raises(UserError, match=next(iter(options))):
+        build_agent("mappo", **options)
+
+
+@pytest.mark.parametrize(("rows", "minibatches", "size"), [(80, 4, 20), (10, 4, 2), (14, 4, 2), (7, 1, 7)])
+def test_minibatches_divide_the_rollout(rows: int, minibatches: int, size: int) -> None:
+    assert batch_size(rows, minibatches) == size
+
+
+def test_mappo_beats_random_and_is_no_worse_than_own_critics() -> None:
+    """Mean best score after 300 evaluations, over 5 fixed seeds."""
+    best = {}
+    for name in ("mappo", "ippo", "random"):
+        scores = []
+        for seed in range(5):
+            env = toy_env(300)
+            build_agent(name, seed).learn(env)
+            assert env.best is not None
+            scores.append(env.best.potential)
+        best[name] = np.array(scores)
+    assert best["mappo"].mean() > best["random"].mean()
+    error = np.sqrt((best["mappo"].var(ddof=1) + best["ippo"].var(ddof=1)) / 5)
+    assert best["mappo"].mean() >= best["ippo"].mean() - error

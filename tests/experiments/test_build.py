@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from envs.budget import Budget
+from experiments.build import build_budgets, check_reachable, finetuning, pick_device, prunable, smallest_plan
+from gan.errors import UserError
+from gan.tasks import AGENTS, load_task
+
+
+def test_defaults_and_parsed_budgets() -> None:
+    assert build_budgets("") == {"generator": Budget(0.1, 0.1), "discriminator": Budget(0.5, 0.5)}
+    assert build_budgets("0.2")["generator"] == Budget(0.2, 0.2)
+    assert build_budgets("0.2")["discriminator"] == Budget(0.5, 0.5)
+    assert build_budgets("discriminator=0.3")["discriminator"] == Budget(0.3, 0.3)
+
+
+@pytest.mark.parametrize("cost", ["macs", "params"])
+def test_the_smallest_plan_meets_the_lowest_budget(cost: str) -> None:
+    task = load_task()
+    budgets = build_budgets("generator=0.05:0.5,discriminator=0.25")
+    networks = prunable(task, cost)
+    for agent, widths in smallest_plan(task, budgets, cost).items():
+        network = networks[agent]
+        kept = network.cost_of(np.array(widths)) / network.cost_of(network.channels)
+        assert kept <= budgets[agent].low
+        assert kept > 0.8 * budgets[agent].low
+
+
+def test_unreachable_budgets_are_refused_with_the_range() -> None:
+    with pytest.raises(UserError, match=r"generator.*reach"):
+        check_reachable(load_task(), build_budgets("0.0001"), "macs")
+
+
+def test_finetuning_is_the_same_for_every_row_but_its_seed() -> None:
+    assert finetuning(3, seed=1) == finetuning(3, seed=1)
+    assert finetuning(3, seed=1).seed == 1
+    assert finetuning(3, seed=1, seconds=9.0).seconds == 9.0
+
+
+def test_devices() -> None:
+    assert pick_device("cpu") == "cpu"
+    if not torch.cuda.is_available():
+        assert pick_device("auto") == "cpu"
+        with pytest.raises(UserError, match="no CUDA device"):
+            pick_device("cuda")
+
+
+def test_multiples_keep_uniform_from_leaving_more_than_random_plans() -> None:
+    """Otherwise a search would win by filling the budget."""
+    from envs.budget import project, random_proportions, uniform
+
+    task, budgets = load_task(), build_budgets("")
+    networks = prunable(task)
+    random = np.random.default_rng(0)
+    for agent in AGENTS:
+        network, budget = networks[agent], budgets[agent].low
+        plans = [project(network, random_proportions(network, random), budget) for _ in range(100)]
+        assert uniform(network, budget).unused <= np.mean([plan.unused for plan in plans])
