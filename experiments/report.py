@@ -12,7 +12,7 @@ SHOWN = (
     ("macs", "generator MACs, M", lambda v: f"{v / 1e6:.1f}"),
     ("params", "parameters, M", lambda v: f"{v / 1e6:.2f}"),
     ("latency_ms", "latency, ms", lambda v: f"{v:.1f}"),
-    ("discriminator_macs", "discriminator MACs, M", lambda v: f"{v / 1e6:.1f}"),
+    ("discriminator_macs", "D MACs, M", lambda v: f"{v / 1e6:.1f}"),
     ("l1", "L1 ↓", lambda v: f"{v:.4f}"),
     ("psnr", "PSNR ↑", lambda v: f"{v:.2f}"),
     ("kid_efficientnet_lite0", "KID* ↓", lambda v: f"{v:.3f}"),

@@ -77,7 +77,7 @@ class Options:
     """Share of the cost to keep: [agent=]LOW[:HIGH],…; a bare number is the generator's."""
     cost: Literal["macs", "params"] = "macs"
     """What the budget is a share of."""
-    evaluations: int = 800
+    evaluations: int = 600
     """Plans that the search may score."""
     output: Path | None = None
     """New run folder; without it runs/TASK-ALGO-sSEED, numbered when that exists."""
@@ -87,7 +87,7 @@ class Options:
     """Pay the gain at every step, or at the end of the episode."""
     weights: Weights = field(default_factory=Weights)
     """Weights of the reward families."""
-    epochs: int = 12
+    epochs: int = 10
     """Epochs of finetuning, for every row of the table."""
     warm_up: int = 0
     """Steps of a warm-up of one's own (0: the elastic weights that come with the task)."""

@@ -32,7 +32,7 @@ def cumulative_statistics(network: nn.Module) -> Iterator[None]:
             norm.eval()
 
 
-def recompute_statistics(network: nn.Module, images: Tensor, batch_size: int = 64) -> nn.Module:
+def recompute_statistics(network: nn.Module, images: Tensor, batch_size: int = 32) -> nn.Module:
     """Set the BatchNorm statistics to those of ``images`` (N, C, H, W), and freeze them.
 
     Statistics are averaged over the batches, as running statistics are, so what goes into one batch matters.

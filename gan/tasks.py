@@ -152,9 +152,13 @@ class Task:
     def statistics_inputs(self, images: int = STATISTICS_IMAGES) -> dict[str, Tensor]:
         """Train images for BatchNorm statistics; real and made ones apart, as in the training."""
         inputs, targets = (x.to(self.device) for x in self.train.take(images).tensors())
-        made = run_batched(self.networks["generator"], inputs)
-        real, fake = paired_input(inputs, targets), paired_input(inputs, made)
-        return {"generator": inputs, "discriminator": torch.cat([real, fake])}
+        half = slice(0, None, 2)  # as many images as the generator sees, half of them made
+        condition, target = inputs[half], targets[half]
+        made = run_batched(self.networks["generator"], condition)
+        return {
+            "generator": inputs,
+            "discriminator": torch.cat([paired_input(condition, target), paired_input(condition, made)]),
+        }
 
 
 @cache

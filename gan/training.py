@@ -264,7 +264,7 @@ class PairedTrainer:
 
 
 FINETUNING = TrainingOptions(
-    epochs=12, learning_rate=5e-4, decay_from=0.3, distillation=50.0, ema=0.99, shift=4
+    epochs=10, learning_rate=5e-4, decay_from=0.3, distillation=50.0, ema=0.99, shift=4
 )
 """Defaults of finetuning: short, so the rate is higher and falls sooner, and the average forgets faster."""
 

@@ -8,10 +8,12 @@ import torch
 
 import gan.tasks
 from gan.checkpoints import load_tensors, save_tensors, state_hash, tensors_hash
+from gan.elastic import ElasticNetwork
 from gan.errors import UserError
 from gan.evaluations import FAMILIES
 from gan.norm_statistics import recompute_statistics
 from gan.plans import Plan
+from gan.scoring import run_batched
 from gan.tasks import AGENTS, TASKS, Task, load_elastic, load_task, save_elastic
 from tests.gan.conftest import fake_extractor, tiny_discriminator, tiny_generator
 
@@ -56,6 +58,26 @@ def test_the_shipped_pair_was_trained():
     middle = targets.median(0).values
     assert float((made - targets).abs().mean()) < 0.75 * float((targets - middle).abs().mean())
     assert real > fake
+
+
+def test_the_shipped_elastic_weights_fit_the_shipped_pair():
+    """Cut to a quarter of every width they still make the dense pictures; raw dense weights make noise."""
+    task = load_task("edges2emoji")
+    shipped, raw = task.elastic_weights("elastic"), task.elastic_weights("dense")
+    shown, inputs = task.statistics_inputs(32)["generator"], task.val.take(32).tensors()[0]
+    dense = run_batched(task.networks["generator"], inputs)
+
+    def distance(elastic: ElasticNetwork) -> float:
+        widths = [width // 4 for width in elastic.slicer.dense_widths]
+        made = run_batched(recompute_statistics(elastic.network(widths), shown), inputs)
+        return float((made - dense).abs().mean())
+
+    assert distance(shipped["generator"]) < 0.25
+    assert distance(shipped["generator"]) < 0.6 * distance(raw["generator"])
+    for agent, elastic in shipped.items():
+        for order, row, group in zip(elastic.orders, elastic.importance, task.groups[agent], strict=True):
+            assert sorted(order.tolist()) == list(range(group.channels))
+            assert bool((row.diff() <= 0).all())
 
 
 def test_an_unknown_task_names_the_known_ones():

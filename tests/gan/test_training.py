@@ -182,7 +182,7 @@ def test_distillation_pulls_towards_the_teacher():
     inputs = pairs.tensors()[0]
     distances = {}
     for weight in (0.0, 300.0):
-        options = replace(OPTIONS, epochs=12, learning_rate=5e-3, distillation=weight, l1=1.0, ema=0.9)
+        options = replace(OPTIONS, epochs=8, learning_rate=5e-3, distillation=weight, l1=1.0, ema=0.9)
         trained = PairedTrainer(tiny_generator(), tiny_discriminator(), options, teacher)
         told: list[TrainingProgress] = []
         result = trained.fit(pairs, told.append)
