@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from agents.base import Agent
-from agents.registry import AGENTS as LEARNERS
 from rich.console import Console
 from torch import nn
 
+from agents.base import Agent
+from agents.registry import AGENTS as LEARNERS
 from envs.pruning_env import PruningEnv
 from envs.records import Evaluation
 from envs.rewards import Weights

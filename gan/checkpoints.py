@@ -118,4 +118,6 @@ def load_network(path: Path) -> tuple[nn.Module, Architecture, dict[str, Any]]:
         raise UserError(
             f"the weights in {path} do not fit their recipe {recipe_path(path).name}: {detail}"
         ) from error
+    if recipe.get("weights_hash", found := tensors_hash(tensors)) != found:
+        raise UserError(f"the weights in {path} are not those of {recipe_path(path).name}; get both again")
     return network.eval(), architecture, recipe

@@ -125,15 +125,12 @@ class EvaluationLog:
             return
         raw = path.read_bytes()
         whole = raw[: raw.rfind(b"\n") + 1]
-        if len(whole) < len(raw):
-            with path.open("r+b") as handle:
-                handle.truncate(len(whole))
-        lines = whole.decode().splitlines()
-        if not lines:
+        if not whole and json.dumps(header).encode().startswith(raw):  # died while it wrote the header
             path.write_text(json.dumps(header) + "\n")
             return
+        lines = whole.decode(errors="replace").splitlines()
         try:
-            found = json.loads(lines[0])
+            found = json.loads(lines[0]) if lines else None
         except json.JSONDecodeError:
             found = None
         if not isinstance(found, dict):
@@ -144,6 +141,9 @@ class EvaluationLog:
                 f"{path} was written with another {', '.join(wrong)}; its scores cannot be mixed with new "
                 "ones: start a new run instead of resuming this one"
             )
+        if len(whole) < len(raw):
+            with path.open("r+b") as handle:
+                handle.truncate(len(whole))
         for line in lines[1:]:
             entry = json.loads(line)
             key = Plan.from_dict(entry["plan"]).key
@@ -188,6 +188,7 @@ class CountedScorer:
         self.replay_left: int | None = None
         self._cache: dict[str, Scores] = dict(log.scores) if log else {}
         self._replay: list[str] = list(log.counted) if log else []
+        self._counted = set(self._replay)
         self._seen: set[str] = set()
 
     @property
@@ -214,12 +215,12 @@ class CountedScorer:
         if counted:
             self.requests += 1
             first = key not in self._seen
-        recorded = first and self._follow_replay(key)
         if first:
+            self._follow_replay(key)
             self._seen.add(key)
             self.evaluations += 1
         if key in self._cache:
-            if first and not recorded and self.log is not None:
+            if first and key not in self._counted and self.log is not None:
                 # Known as a reference plan only: without this line a resumed run would lose its place.
                 self.log.append(plan, self._cache[key], counted=True, seconds=0.0)
             return self._cache[key]
@@ -234,12 +235,8 @@ class CountedScorer:
             self.log.append(plan, scores, counted, time.perf_counter() - start)
         return scores
 
-    def _follow_replay(self, key: str) -> bool:
-        """Whether the log has this plan as the next evaluation; notes where the run leaves it."""
+    def _follow_replay(self, key: str) -> None:
+        """Note where the run leaves the log."""
         place = self.evaluations
-        if self.replay_left is not None or place >= len(self._replay):
-            return False
-        if self._replay[place] != key:
+        if self.replay_left is None and place < len(self._replay) and self._replay[place] != key:
             self.replay_left = place
-            return False
-        return True

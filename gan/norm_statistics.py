@@ -32,11 +32,13 @@ def cumulative_statistics(network: nn.Module) -> Iterator[None]:
             norm.eval()
 
 
-def recompute_statistics(network: nn.Module, images: Tensor, batch_size: int = 32) -> nn.Module:
+def recompute_statistics(network: nn.Module, images: Tensor, batch_size: int | None = None) -> nn.Module:
     """Set the BatchNorm statistics to those of ``images`` (N, C, H, W), and freeze them.
 
-    Statistics are averaged over the batches, as running statistics are, so what goes into one batch matters.
+    Statistics are averaged over the batches, as running statistics are, so what goes into one batch matters:
+    by default the first half of the images and the second (a discriminator's real and made ones).
     """
+    batch_size = max(1, len(images) // 2) if batch_size is None else batch_size
     with cumulative_statistics(network):
         for chunk in images.split(batch_size):
             network(chunk)

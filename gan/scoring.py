@@ -56,7 +56,8 @@ class Yardstick:
         self.to_real = KernelReference(self.real_features)
         self.dense_to_real = self.to_real.mmd2(self.features)
         self.feature_spread = float((self.features - self.features.mean(0)).norm(dim=1).mean())
-        self.real_logits = run_batched(discriminator, paired_input(self.inputs, self.targets))
+        self._real = paired_input(self.inputs, self.targets)
+        self.real_logits = run_batched(discriminator, self._real)
         self.fake_logits = run_batched(discriminator, paired_input(self.inputs, self.outputs))
 
     def generator_gaps(
@@ -79,18 +80,21 @@ class Yardstick:
         }
         return gaps, {"arrangement_mean": self.neighbourhoods.arrangement_mean(features)}
 
-    def discriminator_logits(self, discriminator: nn.Module) -> tuple[Tensor, Tensor]:
-        """Logits of a pruned discriminator on the real images and on the dense generator's outputs."""
-        real = run_batched(discriminator, paired_input(self.inputs, self.targets))
-        return real, run_batched(discriminator, paired_input(self.inputs, self.outputs))
+    def logits_on_real(self, discriminator: nn.Module) -> Tensor:
+        """Logits of a pruned discriminator on the real images."""
+        return run_batched(discriminator, self._real)
 
-    def balance_gap(
-        self, outputs: Tensor, discriminator: nn.Module, logits: tuple[Tensor, Tensor] | None = None
-    ) -> float:
-        """How far the pruned pair's balance is from the dense pair's."""
-        real, dense_fake = self.discriminator_logits(discriminator) if logits is None else logits
+    def balance_gap(self, outputs: Tensor, discriminator: nn.Module, on_real: Tensor | None = None) -> float:
+        """How far the pruned pair's balance is from the dense pair's.
+
+        Args:
+            outputs: of the pruned generator.
+            discriminator: the pruned one.
+            on_real: its :meth:`logits_on_real`, when they are known already.
+        """
+        on_real = self.logits_on_real(discriminator) if on_real is None else on_real
         fake = run_batched(discriminator, paired_input(self.inputs, outputs))
-        return balance_gap(self.real_logits, self.fake_logits, real, fake, dense_fake)
+        return balance_gap(self.real_logits, self.fake_logits, on_real, fake)
 
 
 @dataclass(frozen=True)
@@ -152,7 +156,7 @@ class Scorer:
         self._made: OrderedDict[tuple[int, ...], tuple[Tensor, dict[str, float], dict[str, float]]] = (
             OrderedDict()
         )
-        self._critics: OrderedDict[tuple[int, ...], tuple[nn.Module, tuple[Tensor, Tensor]]] = OrderedDict()
+        self._critics: OrderedDict[tuple[int, ...], tuple[nn.Module, Tensor]] = OrderedDict()
         self._fingerprint = {
             "weights": tensors_hash(
                 {
@@ -204,10 +208,10 @@ class Scorer:
                 self._made.popitem(last=False)
         return self._made[widths]
 
-    def _critic(self, widths: tuple[int, ...]) -> tuple[nn.Module, tuple[Tensor, Tensor]]:
+    def _critic(self, widths: tuple[int, ...]) -> tuple[nn.Module, Tensor]:
         if widths not in self._critics:
             critic = self.slice("discriminator", widths, shared=True)
-            self._critics[widths] = critic, self.yardstick.discriminator_logits(critic)
+            self._critics[widths] = critic, self.yardstick.logits_on_real(critic)
             if len(self._critics) > self._cache_size:
                 self._critics.popitem(last=False)
         return self._critics[widths]

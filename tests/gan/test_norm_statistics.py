@@ -11,7 +11,7 @@ from tests.gan.conftest import random, tiny_generator, tiny_pairs
 
 def test_statistics_by_hand():
     network = nn.Sequential(nn.BatchNorm2d(1))
-    recompute_statistics(network, torch.tensor([1.0, 2.0, 6.0]).reshape(3, 1, 1, 1))
+    recompute_statistics(network, torch.tensor([1.0, 2.0, 6.0]).reshape(3, 1, 1, 1), batch_size=3)
     assert network[0].running_mean.item() == pytest.approx(3.0)
     assert network[0].running_var.item() == pytest.approx((4 + 1 + 9) / 2)  # unbiased, as torch keeps it
 
