@@ -188,6 +188,12 @@ def test_readme_python(work: Path) -> None:
     assert "better than uniform by" in done[1].stdout
 
 
+@pytest.mark.gpu
+def test_the_road_on_cuda(tmp_path: Path) -> None:
+    done = call(tmp_path, "train_agents.py", "--quick", "--device", "cuda")
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("arguments", [a for a in commands("train_agents.py") if "--resume" not in a])
 def test_readme_train_commands(tmp_path: Path, arguments: list[str]) -> None:
