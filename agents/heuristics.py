@@ -23,18 +23,19 @@ class Uniform:
     """Every group of channels keeps the same share: what people do without a search.
 
     Args:
-        seed: accepted as by every agent; there is nothing random.
+        seed: of the budgets that are drawn; nothing else is random.
         tensorboard: the same; one plan makes no curve.
         options: there are none.
     """
 
     def __init__(self, seed: int = 0, *, tensorboard: Path | None = None, **options: Any) -> None:
         self.name = "uniform"
+        self.seed = seed
         read_options(NoOptions, self.name, options)
 
     def learn(self, env: PruningEnv) -> None:
         """Score the uniform plan, so that a run has it in its log; there is nothing to learn."""
-        env.reset()
+        env.reset(seed=self.seed)
         env.evaluate(env.uniform_plan())
 
     def propose(self, env: PruningEnv, budgets: Mapping[str, float] | None = None) -> Plan:
@@ -110,6 +111,8 @@ class RandomSearch:
 
     def propose(self, env: PruningEnv, budgets: Mapping[str, float] | None = None) -> Plan:
         """The best proportions it has seen, projected to the budget.
+
+        Where budgets were drawn, each potential is in the units of its own budget: the best is then a guess.
 
         Raises:
             UserError: if they are of other networks.

@@ -59,6 +59,8 @@ def main(options: Options) -> None:
     """Measure and print."""
     if options.plans < 2:
         raise UserError(f"--plans is {options.plans}; a rate needs 2 or more")
+    if options.output is not None:
+        cli.check_new_file(options.output)
     task = load_task(options.task)
     budgets = build_budgets(options.budget)
     started = time.perf_counter()

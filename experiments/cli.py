@@ -47,6 +47,18 @@ def parse(
     )
 
 
+def check_new_file(path: Path) -> None:
+    """Refuse an ``--output`` file that exists or has no folder, before any work is done.
+
+    Raises:
+        UserError: with what to do.
+    """
+    if path.exists():
+        raise UserError(f"--output {path} exists; name a new file")
+    if not path.parent.is_dir():
+        raise UserError(f"the folder {path.parent} of --output does not exist; make it first")
+
+
 def run(
     main: Callable[[Options], None],
     options: Callable[..., Options],

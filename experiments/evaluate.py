@@ -12,7 +12,6 @@ from envs.budget import Budget, default_budgets, uniform_widths
 from experiments import cli
 from experiments.build import check_reachable, pick_device, prunable
 from experiments.report import evaluation_table
-from gan.errors import UserError
 from gan.evaluation import Judge
 from gan.features import load_extractor
 from gan.fidelity import image_l1
@@ -47,8 +46,8 @@ class Options:
 
 def main(options: Options) -> None:
     """Measure and print."""
-    if options.output is not None and options.output.exists():
-        raise UserError(f"--output {options.output} exists; name a new file")
+    if options.output is not None:
+        cli.check_new_file(options.output)
     task = load_task(options.task, pick_device(options.device))
     networks = prunable(task)
     plans = {}
@@ -59,9 +58,10 @@ def main(options: Options) -> None:
         plans[f"{share:g}"] = Plan.of(widths, "l1")
     weights = task.elastic_weights(options.start)
     pairs = getattr(task, options.split)
-    judge = Judge.build(*task.networks.values(), pairs, load_extractor(device=task.device))
+    dense = task.networks["generator"], task.networks["discriminator"]
+    judge = Judge.build(*dense, pairs, load_extractor(device=task.device))
     yardstick = judge.yardstick
-    rows = {"dense": {**judge.row(*task.networks.values()), "l1_to_dense": 0.0}}
+    rows = {"dense": {**judge.row(*dense), "l1_to_dense": 0.0}}
     for name, plan in plans.items():
         generator, discriminator = task.cut(weights, plan)
         made = run_batched(generator, yardstick.inputs)

@@ -7,6 +7,7 @@ averaged generator is kept beside the checkpoint, so that one can see where the 
 from __future__ import annotations
 
 import json
+import pickle
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,7 +25,7 @@ from gan.networks import Architecture, initialise
 from gan.training import PairedTrainer, TrainingOptions, TrainingProgress
 
 EXAMPLES = (
-    ("python experiments/pretrain_gan.py", "remake the embedded pair, about 25 minutes on 2 cores"),
+    ("python experiments/pretrain_gan.py", "remake the embedded pair, about 30 minutes on 2 cores"),
     ("python experiments/pretrain_gan.py --training.epochs 5 --output try", "a short look"),
 )
 
@@ -49,6 +50,10 @@ class Options:
 
 def main(options: Options) -> None:
     """Pretrain, or go on where an earlier call stopped."""
+    for name in ("ngf", "ndf", "keep_every"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be 1 or more")
+    train, val = embedded_pairs(options.task, "train"), embedded_pairs(options.task, "val")
     folder = options.output / options.task
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint, settings = folder / "checkpoint.pt", folder / "options.json"
@@ -57,7 +62,6 @@ def main(options: Options) -> None:
         raise UserError(f"{folder} holds a training with other options; use them again, or another --output")
     settings.write_text(json.dumps(resolved, indent=2) + "\n")
 
-    train, val = embedded_pairs(options.task, "train"), embedded_pairs(options.task, "val")
     generator_architecture = Architecture("unet_64", base_width=options.ngf)
     discriminator_architecture = Architecture("basic", in_channels=6, out_channels=1, base_width=options.ndf)
     random = torch.Generator().manual_seed(options.training.seed)
@@ -67,7 +71,10 @@ def main(options: Options) -> None:
     discriminator = initialise(discriminator_architecture.build(), random).to(device)
     trainer = PairedTrainer(generator, discriminator, options.training)
     if checkpoint.exists():
-        trainer.load_state_dict(torch.load(checkpoint, map_location=device, weights_only=True))
+        try:
+            trainer.load_state_dict(torch.load(checkpoint, map_location=device, weights_only=True))
+        except (RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
+            raise UserError(f"{checkpoint} is damaged ({error}); delete it to start again") from error
         print(f"going on after epoch {trainer.epoch}")
 
     def on_epoch(progress: TrainingProgress) -> None:

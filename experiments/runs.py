@@ -296,6 +296,8 @@ def read_options(folder: RunFolder, kind: type[T]) -> T:
 def _restore(kind: Any, value: Any) -> Any:
     """The inverse of :func:`plain` for dataclasses of plain values, paths and tuples."""
     if dataclasses.is_dataclass(kind):
+        if not isinstance(value, Mapping):
+            raise TypeError(f"it holds a {type(value).__name__} where options should be")
         hints = typing.get_type_hints(kind)
         unknown = sorted(set(value) - {field.name for field in dataclasses.fields(kind)})
         if unknown:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -47,7 +48,7 @@ from gan.evaluation import Judge
 from gan.features import load_extractor
 from gan.files import file_hash, write_json
 from gan.plans import Plan
-from gan.scoring import Scorer, run_batched
+from gan.scoring import run_batched
 from gan.tasks import AGENTS, STATISTICS_IMAGES, Task, load_elastic, load_task, save_elastic
 from gan.training import TrainingOptions, TrainingProgress, finetune
 
@@ -159,6 +160,8 @@ def open_folder(options: Options) -> tuple[Options, RunFolder]:
             raise UserError(
                 f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be {least} or more"
             )
+    if not 0 <= options.seed < 2**32:
+        raise UserError(f"--seed is {options.seed}; it must be 0 or more, below 2^32")
     budgets = build_budgets(options.budget)
     task = load_task(options.task, pick_device(options.device))
     check_reachable(task, budgets, options.cost)
@@ -182,16 +185,9 @@ def run(options: Options, folder: RunFolder, console: Console) -> None:
         train = task.train if sizes.train is None else task.train.take(sizes.train)
         test = task.test if sizes.test is None else task.test.take(sizes.test)
     weights = prepare_weights(options, task, folder, watch)
-    with watch.stage("scorer"):
-        scorer = task.scorer(
-            options.cost, weights=weights, probe=sizes.probe, statistics_images=sizes.statistics
-        )
-
-    env, agent = search(options, sizes, scorer, folder, watch)
-    best = pick(env, agent, folder)
+    best, uniform = search(options, sizes, task, weights, folder, watch)
     console.print(f"best plan: {describe(best)}", highlight=False, soft_wrap=True)
 
-    uniform = env.uniform_plan(best.budgets)
     pairs: dict[str, Pair] = {
         "dense": (task.networks["generator"], task.networks["discriminator"]),
         "l1_slice_raw": task.cut(task.ordered(), uniform),
@@ -245,7 +241,7 @@ def prepare_weights(
         )
         return save_ranking(folder, weights)
     if not folder.elastic.exists():
-        steps = 10 if options.quick else options.warm_up
+        steps = min(10, options.warm_up) if options.quick else options.warm_up
         with watch.stage("elastic warm-up", steps) as stage:
 
             def on_step(step: int, steps: int, loss: float) -> None:
@@ -270,9 +266,21 @@ def save_ranking(folder: RunFolder, weights: Mapping[str, ElasticNetwork]) -> Ma
 
 
 def search(
-    options: Options, sizes: Sizes, scorer: Scorer, folder: RunFolder, watch: Watch
-) -> tuple[PruningEnv, Agent]:
-    """Let the agents look for a plan."""
+    options: Options,
+    sizes: Sizes,
+    task: Task,
+    weights: Mapping[str, ElasticNetwork],
+    folder: RunFolder,
+    watch: Watch,
+) -> tuple[Evaluation, Plan]:
+    """Let the agents look for a plan; returns the best one and the uniform plan at its budget.
+
+    Scorer and environment end with this function: finetuning has use for their memory.
+    """
+    with watch.stage("scorer"):
+        scorer = task.scorer(
+            options.cost, weights=weights, probe=sizes.probe, statistics_images=sizes.statistics
+        )
     env = build_env(
         scorer,
         build_budgets(options.budget),
@@ -281,23 +289,29 @@ def search(
         weights=options.weights,
         reward=options.reward,
     )
-    replayed = len(env.scorer.log.counted) if env.scorer.log else 0
-    if replayed:
-        watch.console.print(f"{replayed} plans are known from the log", highlight=False, soft_wrap=True)
-    listener = SearchListener(
-        MetricsLog(folder.metrics),
-        scorer.networks,
-        best=lambda: env.best.potential if env.best else None,
-        spent=lambda: (env.scorer.evaluations, sizes.evaluations),
-    )
+    log = env.scorer.log
+    assert log is not None
+    if log.counted:
+        watch.console.print(
+            f"{len(log.counted)} plans are known from the log", highlight=False, soft_wrap=True
+        )
+    shutil.rmtree(folder.tensorboard, ignore_errors=True)  # the repeated search writes every event again
     agent = build_learner(options.algo, options.seed, folder.tensorboard)
     with watch.stage("references") as stage:
         env.prepare(stage.at)
     with watch.stage("search", sizes.evaluations) as stage:
-        listener.stage = stage
-        env.listener = listener
+        env.listener = SearchListener(
+            MetricsLog(folder.metrics),
+            scorer.networks,
+            best=lambda: env.best.potential if env.best else None,
+            spent=lambda: (env.scorer.evaluations, sizes.evaluations),
+            stage=stage,
+        )
         agent.learn(env)
         env.listener = None
+    # What is read from the log took its time before the interruption.
+    watch.seconds["references"] = round(watch.seconds["references"] + log.reference_seconds, 2)
+    watch.seconds["search"] = round(watch.seconds["search"] + log.search_seconds, 2)
     if env.scorer.replay_left is not None:
         watch.console.print(
             f"note: the repeated search left the log at plan {env.scorer.replay_left}, because versions, "
@@ -307,7 +321,8 @@ def search(
         )
     folder.policy.mkdir(exist_ok=True)
     agent.save(folder.policy)
-    return env, agent
+    best = pick(env, agent, folder)
+    return best, env.uniform_plan(best.budgets)
 
 
 def pick(env: PruningEnv, agent: Agent, folder: RunFolder) -> Evaluation:

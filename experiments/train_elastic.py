@@ -13,7 +13,6 @@ from experiments import cli
 from experiments.build import build_budgets, pick_device, warm_up
 from experiments.watch import Watch
 from gan.elastic import ElasticOptions
-from gan.errors import UserError
 from gan.files import write_json
 from gan.tasks import load_task, save_elastic
 
@@ -39,10 +38,8 @@ class Options:
 
 def main(options: Options) -> None:
     """Train and write."""
-    if options.output.exists():
-        raise UserError(f"--output {options.output} exists; name a new file")
-    if not options.output.parent.is_dir():
-        raise UserError(f"the folder {options.output.parent} of --output does not exist; make it first")
+    cli.check_new_file(options.output)
+    cli.check_new_file(options.output.with_suffix(".json"))
     task = load_task(options.task, pick_device("auto"))
     watch = Watch()
     with watch.stage("elastic warm-up", options.warm_up.steps) as stage:

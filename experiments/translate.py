@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 from tyro.conf import Positional
 
@@ -95,8 +95,12 @@ def read_image(path: Path, size: int) -> Tensor:
     """
     try:
         with Image.open(path) as image:
-            layered = image.convert("RGBA")
-    except (UnidentifiedImageError, OSError) as error:
+            if image.mode.startswith("I;16"):  # converted as it is, 16-bit grey would be cut off at 255
+                levels = (np.asarray(image) // 256).astype(np.uint8)
+                layered = Image.fromarray(levels).convert("RGBA")
+            else:
+                layered = ImageOps.exif_transpose(image).convert("RGBA")
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
         raise UserError(
             f"{path} cannot be read as an image ({error}); remove it or save it again as PNG"
         ) from error

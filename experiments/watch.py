@@ -88,7 +88,8 @@ class SearchListener:
         log: the metrics file.
         networks: agent → network, for the keep ratios that are shown.
         best: gives the best potential so far, or None.
-        limit: evaluations that the search may spend.
+        spent: gives the evaluations spent, and those that the search may spend.
+        stage: the search's bar, or None.
     """
 
     def __init__(
@@ -97,8 +98,9 @@ class SearchListener:
         networks: Mapping[str, PrunableNetwork],
         best: Callable[[], float | None],
         spent: Callable[[], tuple[int, int]],
+        stage: Stage | None = None,
     ) -> None:
-        self.stage: Stage | None = None
+        self.stage = stage
         self._log, self._networks, self._best, self._spent = log, networks, best, spent
         self._episode_started = time.perf_counter()
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -111,6 +111,12 @@ class EvaluationLog:
     A torn last line (the process died while writing) is dropped on reading and cut off before the
     next append.
 
+    Attributes:
+        scores: plan key → scores, of every plan in the file.
+        counted: keys of the counted plans, in the order of the file.
+        search_seconds, reference_seconds: that scoring the counted and the other plans took, of those that
+            the file held when it was opened.
+
     Raises:
         LogMismatch: if the file was written by a scorer with another fingerprint, or is no log.
     """
@@ -119,6 +125,7 @@ class EvaluationLog:
         self.path = path
         self.scores: dict[str, Scores] = {}
         self.counted: list[str] = []
+        self.search_seconds = self.reference_seconds = 0.0
         header = {"format": 1, **fingerprint}
         if not path.exists():
             path.write_text(json.dumps(header) + "\n")
@@ -144,12 +151,23 @@ class EvaluationLog:
         if len(whole) < len(raw):
             with path.open("r+b") as handle:
                 handle.truncate(len(whole))
-        for line in lines[1:]:
-            entry = json.loads(line)
-            key = Plan.from_dict(entry["plan"]).key
-            self.scores[key] = Scores(entry["gaps"], entry["diagnostics"])
-            if entry["counted"]:
-                self.counted.append(key)
+        for number, line in enumerate(lines[1:], start=2):
+            try:
+                self._read(json.loads(line))
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise LogMismatch(
+                    f"line {number} of {path} is damaged ({error}); cut the file off there, or make a new run"
+                ) from error
+
+    def _read(self, entry: Mapping[str, Any]) -> None:
+        key = Plan.from_dict(entry["plan"]).key
+        scores, seconds = Scores(entry["gaps"], entry["diagnostics"]), float(entry["seconds"])
+        self.scores[key] = scores
+        if entry["counted"]:
+            self.counted.append(key)
+            self.search_seconds += seconds
+        else:
+            self.reference_seconds += seconds
 
     def append(self, plan: Plan, scores: Scores, counted: bool, seconds: float) -> None:
         entry = {

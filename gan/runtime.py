@@ -1,6 +1,6 @@
 """ONNX on the CPU: building small graphs, opening sessions, running batches side by side.
 
-Beside ``gan/export.py`` the only importer of onnx and onnxruntime; both are imported when first needed.
+The only importer of onnx and onnxruntime; both are imported when first needed.
 """
 
 from __future__ import annotations

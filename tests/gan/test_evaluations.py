@@ -225,6 +225,26 @@ def test_a_file_that_is_no_log_is_refused_and_stays(path):
     assert path.read_text() == "notes of mine\n"
 
 
+@pytest.mark.parametrize("damaged", ['{"plan": {"wid', "[]", '{"plan": 1}', "{}"])
+def test_a_damaged_line_in_the_middle_is_named_and_the_file_stays(path, damaged):
+    play(path, 3, 4)
+    lines = path.read_text().splitlines()
+    path.write_text("\n".join([lines[0], damaged, lines[2]]) + "\n")
+    before = path.read_bytes()
+    with pytest.raises(LogMismatch, match=r"line 2 of .* is damaged"):
+        log_at(path)
+    assert path.read_bytes() == before
+
+
+def test_a_log_knows_what_scoring_took(path):
+    log = log_at(path)
+    for width, counted, seconds in ((3, True, 1.5), (4, False, 0.25), (5, True, 2.0)):
+        log.append(plan(width), Scores({"l1_gap": 0.1}), counted, seconds)
+    assert (log.search_seconds, log.reference_seconds) == (0.0, 0.0)
+    again = log_at(path)
+    assert (again.search_seconds, again.reference_seconds) == (3.5, 0.25)
+
+
 def test_the_networks_and_the_ranking_are_those_of_the_scorer():
     scorer = FakeScorer()
     counted = CountedScorer(scorer)

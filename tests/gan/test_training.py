@@ -172,6 +172,14 @@ def test_seconds_end_a_training(monkeypatch):
     assert told[-1].seconds >= 20
 
 
+def test_no_epochs_leave_the_weights_alone():
+    trained = trainer(replace(OPTIONS, epochs=0))
+    before = hashes(trained)
+    trained.fit(tiny_pairs(12))
+    assert (trained.steps, trained.epoch) == (0, 0)
+    assert hashes(trained) == before
+
+
 def test_distillation_needs_a_teacher():
     with pytest.raises(ValueError, match="distillation needs a teacher: hand in the dense generator"):
         trainer(replace(OPTIONS, distillation=1.0))
