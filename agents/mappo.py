@@ -74,7 +74,7 @@ class MappoOptions:
     learning_rate: float = 3e-3
     epochs: int = 10
     minibatches: int = 4
-    gae_lambda: float = 0.2
+    gae_lambda: float = 0.5
     clip: float = 0.2
     entropy: float = 0.0
     std: float = 0.4

@@ -101,12 +101,13 @@ def save_network(
     return path
 
 
-def load_network(path: Path) -> tuple[nn.Module, Architecture, dict[str, Any]]:
+def load_network(path: Path | str) -> tuple[nn.Module, Architecture, dict[str, Any]]:
     """Rebuild a network in evaluation mode from its file and recipe.
 
     Raises:
         UserError: missing, damaged or mismatched files, each in one sentence.
     """
+    path = Path(path)
     tensors = load_tensors(path)
     recipe = read_recipe(path)
     architecture = Architecture.from_dict(recipe["architecture"])
