@@ -6,9 +6,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+
 from agents.base import Agent
 from agents.registry import build_agent
-
 from envs.budget import Budget, default_budgets, parse_budgets, uniform_widths
 from envs.pruning_env import PruningEnv, check_budgets
 from envs.records import Listener
