@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from gan.balance import balance_gap
-from gan.checkpoints import state_hash, tensors_hash
+from gan.checkpoints import tensors_hash
 from gan.cost import CostKind, CostModel
 from gan.data import PairedImages
 from gan.density import Neighbourhoods
@@ -226,8 +226,3 @@ class Scorer:
         critic, logits = self._critic(plan["discriminator"])
         balance = self.yardstick.balance_gap(outputs, critic, logits)
         return Scores({**gaps, "balance_gap": balance}, diagnostics)
-
-
-def dense_hashes(generator: nn.Module, discriminator: nn.Module) -> dict[str, str]:
-    """Hashes of the dense pair, to show that nothing changed it."""
-    return {"generator": state_hash(generator), "discriminator": state_hash(discriminator)}
