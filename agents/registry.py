@@ -10,11 +10,14 @@ from typing import Any
 from agents.base import Agent
 from agents.heuristics import RandomSearch, Uniform
 from agents.mappo import Mappo
+from agents.search import CmaEs, Evolution
 from gan.errors import unknown
 
 AGENTS: dict[str, Callable[..., Agent]] = {
     "mappo": Mappo,
     "ippo": partial(Mappo, name="ippo", critic="own"),
+    "cmaes": CmaEs,
+    "evolution": Evolution,
     "random": RandomSearch,
     "uniform": Uniform,
 }

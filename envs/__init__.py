@@ -18,7 +18,7 @@ from envs.pruning_env import PruningEnv, Reward
 from envs.records import Episode, Evaluation, Listener
 from envs.rewards import Weights
 from envs.toy import toy_env
-from gan.cost import CostKind
+from gan.cost import DEFAULT_COST, CostKind
 from gan.evaluations import CountedScorer, EvaluationLog
 
 __all__ = [
@@ -41,7 +41,7 @@ def make_env(
     task: str = "edges2emoji",
     *,
     budget: str | float | Mapping[str, Budget | float | str] | None = None,
-    cost: CostKind = "macs",
+    cost: CostKind = DEFAULT_COST,
     start: Literal["elastic", "dense"] = "elastic",
     reward: Reward = "step",
     weights: Weights | None = None,
@@ -56,7 +56,7 @@ def make_env(
         budget: keep ratio of the cost: ``"0.1"`` or 0.1 (the generators'), ``"0.05:0.5"`` (drawn per
             episode), ``"generator=0.1,discriminator=0.5"`` or a mapping. Default: 0.10 of generators, 0.50 of
             discriminators.
-        cost: what budgets speak of, ``macs`` or ``params``.
+        cost: what budgets speak of, ``macs``, ``params`` or ``latency`` (measured first, in seconds).
         start: weights that plans are scored with: ``elastic``, or raw slices of the ``dense`` ones.
         reward: ``step`` pays the change of the potential at each step, ``final`` all of it at the last.
         weights: weights of the reward families.

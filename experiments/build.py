@@ -13,10 +13,12 @@ from envs.budget import Budget, default_budgets, parse_budgets, uniform_widths
 from envs.pruning_env import PruningEnv, check_budgets
 from envs.records import Listener
 from envs.rewards import Weights
-from gan.cost import build_cost_model
+from gan.cost import DEFAULT_COST
 from gan.elastic import ElasticNetwork, ElasticOptions, train_elastic
 from gan.errors import UserError
 from gan.evaluations import CountedScorer, EvaluationLog, PlanScorer, PrunableNetwork
+from gan.latency import read_latency, write_latency
+from gan.runtime import bfloat16_pays
 from gan.tasks import AGENTS, Task
 from gan.training import FINETUNING, TrainingOptions
 
@@ -26,19 +28,37 @@ def build_budgets(text: str) -> dict[str, Budget]:
     return parse_budgets(text, AGENTS) if text else default_budgets(AGENTS)
 
 
-def prunable(task: Task, cost: str = "macs") -> dict[str, PrunableNetwork]:
-    """The networks of a task as a search sees them, without weights."""
+def prunable(task: Task, cost: str = DEFAULT_COST) -> dict[str, PrunableNetwork]:
+    """The networks of a task as a search sees them, without weights.
+
+    The cost ``latency`` needs a task with tables: :func:`with_latency`.
+    """
     return {
         agent: PrunableNetwork(
             kind=agent,
             groups=task.groups[agent],
             multiple=task.multiples[agent],
-            cost=build_cost_model(task.networks[agent], task.groups[agent], [task.example(agent)]),
+            cost=task.cost_model(agent),
             cost_kind=cost,  # type: ignore[arg-type]
             importance=(),
         )
         for agent in AGENTS
     }
+
+
+def with_latency(task: Task, path: Path) -> Task:
+    """The task with the latency tables of a run: read, or measured and written where there are none yet.
+
+    Read back even when just measured, so that a resumed run counts with the same numbers.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    if not path.exists():
+        tables = task.latency or task.with_latency().latency
+        assert tables is not None
+        write_latency(path, tables)
+    return task.with_latency(read_latency(path))
 
 
 def check_reachable(task: Task, budgets: dict[str, Budget], cost: str) -> None:
@@ -50,7 +70,9 @@ def check_reachable(task: Task, budgets: dict[str, Budget], cost: str) -> None:
     check_budgets(prunable(task, cost), budgets)
 
 
-def smallest_plan(task: Task, budgets: dict[str, Budget], cost: str = "macs") -> dict[str, tuple[int, ...]]:
+def smallest_plan(
+    task: Task, budgets: dict[str, Budget], cost: str = DEFAULT_COST
+) -> dict[str, tuple[int, ...]]:
     """Uniform widths at the lowest budget of each network."""
     networks = prunable(task, cost)
     return {
@@ -108,6 +130,6 @@ def build_learner(algo: str, seed: int, tensorboard: Path | None) -> Agent:
     return build_agent(algo, seed, tensorboard=tensorboard)
 
 
-def finetuning(epochs: int, seed: int, seconds: float | None = None) -> TrainingOptions:
+def finetuning(epochs: int, seed: int, device: torch.device, seconds: float | None = None) -> TrainingOptions:
     """Options of the finetuning stage; the same for every row of the table."""
-    return replace(FINETUNING, epochs=epochs, seed=seed, seconds=seconds)
+    return replace(FINETUNING, epochs=epochs, seed=seed, seconds=seconds, amp=bfloat16_pays(device))

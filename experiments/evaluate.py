@@ -33,7 +33,9 @@ class Options:
     task: str = "edges2emoji"
     """Embedded task."""
     budgets: tuple[float, ...] = (0.5, 0.25, 0.1, 0.05)
-    """Shares of the generator's MACs."""
+    """Shares of the generator's cost."""
+    cost: Literal["macs", "params"] = "params"
+    """What that cost is."""
     start: Literal["elastic", "dense"] = "elastic"
     """Weights that slices are cut from."""
     split: Literal["val", "test"] = "test"
@@ -49,11 +51,11 @@ def main(options: Options) -> None:
     if options.output is not None:
         cli.check_new_file(options.output)
     task = load_task(options.task, pick_device(options.device))
-    networks = prunable(task)
+    networks = prunable(task, options.cost)
     plans = {}
     for share in options.budgets:
         budgets = default_budgets(AGENTS, {"generator": Budget.of(share)})
-        check_reachable(task, budgets, "macs")
+        check_reachable(task, budgets, options.cost)
         widths = {agent: uniform_widths(networks[agent], budgets[agent].low) for agent in AGENTS}
         plans[f"{share:g}"] = Plan.of(widths, "l1")
     weights = task.elastic_weights(options.start)
@@ -69,7 +71,8 @@ def main(options: Options) -> None:
         rows[name] = {**judge.row(generator, discriminator), "l1_to_dense": distance}
     console = Console()
     console.print(
-        f"{len(pairs)} {options.split} images of {task.name}; columns: share of the MACs", soft_wrap=True
+        f"{len(pairs)} {options.split} images of {task.name}; columns: share of the {options.cost}",
+        soft_wrap=True,
     )
     evaluation_table(rows, console)
     distances = "  ".join(f"{name} {row['l1_to_dense']:.3f}" for name, row in rows.items())

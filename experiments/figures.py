@@ -288,6 +288,93 @@ def _sparsity_panel(axes: Axes, series: Sequence[Series], agent: str, window: in
     axes.legend(handles=handles, loc="best", fontsize=8)
 
 
+# Scores and results
+
+
+@dataclass(frozen=True)
+class Cloud:
+    """One panel of :func:`calibration`: plans as a term sees them before finetuning.
+
+    Attributes:
+        title: what the term is.
+        label: of the x axis: ``gap`` or ``score``; the panel adds "before finetuning".
+        x: (k,) its value for each plan.
+        tau: Kendall's tau against the finetuned results, in the title; NaN where it is not defined.
+    """
+
+    title: str
+    label: str
+    x: NDArray[np.float64]
+    tau: float
+
+
+def calibration(
+    clouds: Sequence[Cloud],
+    results: NDArray[np.float64],
+    kinds: Sequence[str],
+    label: str = "finetuned KID",
+    title: str = "",
+) -> Figure:
+    """What each term said before finetuning against what came out, one panel a term.
+
+    Args:
+        clouds: the panels, four a row.
+        results: (k, n) finetuned results of k plans with n seeds; points are means, bars their range.
+        kinds: k kinds of plans, at most ``MOST_SERIES`` different ones; ``uniform`` is drawn large and last.
+        label: of the y axis.
+        title: of the figure.
+    """
+    means = results.mean(1)
+    errors = np.stack([means - results.min(1), results.max(1) - means])
+    names = sorted(set(kinds), key=lambda kind: (kind == "uniform", kind))
+    place = {name: number for number, name in enumerate(names)}
+    columns = min(4, len(clouds))
+    rows = math.ceil(len(clouds) / columns)
+    with mpl.rc_context(STYLE):
+        figure = Figure(
+            figsize=(max(7.0, 3.5 * columns), 0.9 + 2.9 * rows),
+            layout=ConstrainedLayoutEngine(w_pad=0.1, wspace=0.02),
+        )
+        FigureCanvasAgg(figure)
+        panels = figure.subplots(rows, columns, sharey=True, squeeze=False).flatten()
+        for axes, cloud in zip(panels, clouds, strict=False):
+            for name in names:
+                rows_of = [i for i, kind in enumerate(kinds) if kind == name]
+                axes.errorbar(
+                    cloud.x[rows_of],
+                    means[rows_of],
+                    yerr=errors[:, rows_of],
+                    fmt=_marker(name, place[name]),
+                    color=_colour(name, place[name]),
+                    markersize=11 if name == "uniform" else 5,
+                    elinewidth=0.8,
+                    zorder=3 if name == "uniform" else 2,
+                )
+            tau = "" if math.isnan(cloud.tau) else f" · τ {cloud.tau:.2f}"
+            axes.set_title(cloud.title + tau)
+            axes.set_xlabel(f"{cloud.label} before finetuning")
+        for axes in panels[len(clouds) :]:
+            axes.set_visible(False)
+        for axes in panels[::columns]:
+            axes.set_ylabel(label)
+        handles = [
+            Line2D([], [], linestyle="", color=_colour(n, place[n]), marker=_marker(n, place[n]), label=n)
+            for n in names
+        ]
+        figure.legend(handles=handles, loc="outside lower left", ncols=len(handles))
+        bars = "bar: lowest to highest seed"
+        figure.suptitle(f"{title} · {bars}" if title else bars, x=0.01, ha="left", fontsize=11)
+    return figure
+
+
+def _marker(kind: str, place: int) -> str:
+    return "*" if kind == "uniform" else MARKERS[place]
+
+
+def _colour(kind: str, place: int) -> str:
+    return "black" if kind == "uniform" else COLOURS[place]
+
+
 # Widths
 
 
@@ -410,3 +497,51 @@ def save_image(image: Image.Image, path: Path) -> Path:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG")
     return write_bytes(path, buffer.getvalue())
+
+
+# Differences
+
+
+@dataclass(frozen=True)
+class Estimates:
+    """One panel of :func:`intervals`.
+
+    Attributes:
+        title: of the panel.
+        labels: n rows, from top to bottom.
+        values: (n, k) k repetitions of each row.
+        bounds: (n, 2) ends of the interval of each row's mean; NaN where there is none.
+    """
+
+    title: str
+    labels: tuple[str, ...]
+    values: NDArray[np.float64]
+    bounds: NDArray[np.float64]
+
+
+def intervals(panels: Sequence[Estimates], label: str, title: str = "") -> Figure:
+    """Means with their intervals against a zero line, one panel beside the other.
+
+    Args:
+        panels: what to draw.
+        label: of the horizontal axes.
+        title: of the figure.
+    """
+    tallest = max(len(panel.labels) for panel in panels)
+    with mpl.rc_context(STYLE):
+        size = (max(6.5, 4.6 * len(panels)), 1.6 + 0.4 * max(2, tallest))
+        figure = Figure(figsize=size, layout="constrained")
+        FigureCanvasAgg(figure)
+        for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            for place, (values, bounds) in enumerate(zip(panel.values, panel.bounds, strict=True)):
+                axes.plot(values, np.full(len(values), place), ".", color=COLOURS[2], markersize=5, zorder=4)
+                axes.plot(bounds, (place, place), "-", color=COLOURS[0])
+                axes.plot(values.mean(), place, MARKERS[0], color=COLOURS[0], markersize=6)
+            axes.axvline(0.0, color="0.2", linewidth=1.0)
+            axes.set_yticks(range(len(panel.labels)), panel.labels)
+            axes.set_ylim(len(panel.labels) - 0.5, -0.5)
+            axes.set_title(panel.title)
+            axes.set_xlabel(label, fontsize=9)
+        if title:
+            figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    return figure

@@ -111,6 +111,11 @@ class RunFolder:
         return self.path / "ranking.json"
 
     @property
+    def latency(self) -> Path:
+        """Measured latency tables of both networks, where the budget is a share of latency."""
+        return self.path / "latency.json"
+
+    @property
     def evaluation(self) -> Path:
         """The final figures; written last, so a run that has it is finished."""
         return self.path / "evaluation.json"

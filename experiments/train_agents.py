@@ -26,6 +26,7 @@ from experiments.build import (
     finetuning,
     pick_device,
     warm_up,
+    with_latency,
 )
 from experiments.figures import NetworkWidths, Series, curves, samples, save_figure, save_image, widths
 from experiments.report import evaluation_table
@@ -50,7 +51,7 @@ from gan.files import file_hash, write_json
 from gan.plans import Plan
 from gan.scoring import run_batched
 from gan.tasks import AGENTS, STATISTICS_IMAGES, Task, load_elastic, load_task, save_elastic
-from gan.training import TrainingOptions, TrainingProgress, finetune
+from gan.training import Lessons, TrainingOptions, TrainingProgress, finetune
 
 Pair = tuple[nn.Module, nn.Module]
 DESCRIPTION = """Prunes a pretrained generator and its discriminator with cooperative RL agents, finetunes
@@ -71,13 +72,13 @@ class Options:
     task: str = "edges2emoji"
     """Embedded task."""
     algo: str = "mappo"
-    """Learner: mappo, ippo, random, uniform, or what you add to agents/registry.py."""
+    """Learner: mappo, ippo, cmaes, evolution, random, uniform, or what you add to agents/registry.py."""
     seed: int = 0
     """Of the search and of the finetuning."""
     budget: str = "generator=0.1,discriminator=0.5"
     """Share of the cost to keep: [agent=]LOW[:HIGH],…; a bare number is the generator's."""
-    cost: Literal["macs", "params"] = "macs"
-    """What the budget is a share of."""
+    cost: Literal["macs", "params", "latency"] = "params"
+    """What the budget is a share of; latency is measured, for one image on one thread."""
     evaluations: int = 600
     """Plans that the search may score."""
     output: Path | None = None
@@ -164,11 +165,15 @@ def open_folder(options: Options) -> tuple[Options, RunFolder]:
         raise UserError(f"--seed is {options.seed}; it must be 0 or more, below 2^32")
     budgets = build_budgets(options.budget)
     task = load_task(options.task, pick_device(options.device))
+    if options.cost == "latency":
+        task = task.with_latency()
     check_reachable(task, budgets, options.cost)
     if options.start == "elastic" and not options.warm_up:
         task.shipped_elastic()
     folder = create_run(options.task, options.algo, options.seed, options.output)
     describe_run(folder, options, device=str(task.device), threads=torch.get_num_threads())
+    if options.cost == "latency":
+        with_latency(task, folder.latency)
     return options, folder
 
 
@@ -182,6 +187,8 @@ def run(options: Options, folder: RunFolder, console: Console) -> None:
     )
     with watch.stage("load"):
         task = load_task(options.task, pick_device(options.device))
+        if options.cost == "latency":
+            task = with_latency(task, folder.latency)
         train = task.train if sizes.train is None else task.train.take(sizes.train)
         test = task.test if sizes.test is None else task.test.take(sizes.test)
     weights = prepare_weights(options, task, folder, watch)
@@ -194,14 +201,16 @@ def run(options: Options, folder: RunFolder, console: Console) -> None:
         "uniform_raw": task.cut(weights, uniform),
         "pruned_raw": task.cut(weights, best.plan),
     }
-    tuned = finetuning(sizes.epochs, options.seed)
+    tuned = finetuning(sizes.epochs, options.seed, task.device)
+    # The stages see the same images in the same order: the teacher answers once for all of them.
+    lessons = Lessons(task.networks["generator"])
     for name in ("l1_slice", "uniform", "pruned"):
-        pairs[name] = finetune_stage(f"finetune {name}", pairs[f"{name}_raw"], task, train, tuned, watch)
+        pairs[name] = finetune_stage(f"finetune {name}", pairs[f"{name}_raw"], lessons, train, tuned, watch)
     if options.equal_time:
         seconds = watch.seconds["search"] + watch.seconds["references"] + watch.seconds["finetune pruned"]
         longer = replace(tuned, seconds=seconds)
         pairs["uniform_equal_time"] = finetune_stage(
-            "finetune equal time", pairs["uniform_raw"], task, train, longer, watch
+            "finetune equal time", pairs["uniform_raw"], lessons, train, longer, watch
         )
     save_pairs(folder, task, pairs, uniform, best.plan)
 
@@ -358,7 +367,7 @@ def describe(evaluation: Evaluation) -> str:
 
 
 def finetune_stage(
-    name: str, pair: Pair, task: Task, train: PairedImages, options: TrainingOptions, watch: Watch
+    name: str, pair: Pair, lessons: Lessons, train: PairedImages, options: TrainingOptions, watch: Watch
 ) -> Pair:
     """Finetune one pair, with a bar."""
     with watch.stage(name, 1.0 if options.seconds else options.epochs) as stage:
@@ -368,7 +377,7 @@ def finetune_stage(
             stage.say(" ".join(f"{key} {value:.3f}" for key, value in progress.losses.items()))
 
         stage_total = 1.0 if options.seconds else options.epochs
-        return finetune(*pair, task.networks["generator"], train, options, on_epoch)
+        return finetune(*pair, lessons, train, options, on_epoch)
 
 
 def save_pairs(folder: RunFolder, task: Task, pairs: Mapping[str, Pair], uniform: Plan, best: Plan) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Literal
 
 from experiments import cli
 from experiments.build import build_budgets, pick_device, warm_up
@@ -32,6 +33,8 @@ class Options:
     """Task name."""
     budget: str = "generator=0.05,discriminator=0.25"
     """Lowest budgets that plans will be asked for: [agent=]LOW,…"""
+    cost: Literal["macs", "params"] = "params"
+    """What these are a share of."""
     warm_up: ElasticOptions = field(default_factory=lambda: ElasticOptions(steps=2500))
     """Options of the warm-up."""
 
@@ -50,10 +53,11 @@ def main(options: Options) -> None:
             if step % 200 == 0 and not watch.console.is_terminal:
                 print(f"step {step}/{steps} L1 to dense {loss:.4f}", flush=True)
 
-        weights = warm_up(task, build_budgets(options.budget), "macs", options.warm_up, on_step)
+        weights = warm_up(task, build_budgets(options.budget), options.cost, options.warm_up, on_step)
     save_elastic(options.output, weights, task)
     command = "python experiments/train_elastic.py"
-    recipe = {"task": options.task, "command": command, "budget": options.budget, **asdict(options.warm_up)}
+    recipe = {"task": options.task, "command": command, "budget": options.budget, "cost": options.cost}
+    recipe |= asdict(options.warm_up)
     write_json(options.output.with_suffix(".json"), recipe)
     print(f"{options.output}")
 

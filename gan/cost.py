@@ -1,18 +1,24 @@
-"""What a plan costs: multiply-accumulates and parameters in closed form, from the widths alone."""
+"""What a plan costs, from its widths alone: MACs and parameters in closed form, latency by a table."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from gan.errors import UserError
 from gan.groups import CONVOLUTIONS, NORMS, ChannelGroup, trace_resolutions
+from gan.latency import LatencyTable
 
-CostKind = Literal["macs", "params"]
+CostKind = Literal["macs", "params", "latency"]
+
+DEFAULT_COST: CostKind = "params"
+"""What budgets speak of. At equal MACs the embedded U-Net's uniform plan is hard to beat; at equal parameters
+the shape matters: see docs/calibration.md."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +39,7 @@ class CostModel:
         vector_params: (n,) parameters per channel beside the kernels (biases, norm scale and shift).
         vector_fixed: parameters beside the kernels that no group owns.
         dense: (n,) widths of the dense network.
+        latency: measured milliseconds of the layers, or None: then there is no cost ``latency``.
     """
 
     kernel_macs: NDArray[np.float64]
@@ -44,11 +51,15 @@ class CostModel:
     vector_params: NDArray[np.float64]
     vector_fixed: float
     dense: NDArray[np.int64]
+    latency: LatencyTable | None = None
+
+    def _layer_widths(self, widths: NDArray[Any]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """(..., L) input and output widths of the convolutions."""
+        w = np.asarray(widths, dtype=np.float64)
+        return w @ self.in_groups.T + self.in_fixed, w @ self.out_groups.T + self.out_fixed
 
     def _kernels(self, widths: NDArray[Any], per_kernel: NDArray[np.float64]) -> NDArray[np.float64]:
-        w = np.asarray(widths, dtype=np.float64)
-        width_in = w @ self.in_groups.T + self.in_fixed
-        width_out = w @ self.out_groups.T + self.out_fixed
+        width_in, width_out = self._layer_widths(widths)
         return (width_in * width_out) @ per_kernel
 
     def macs(self, widths: NDArray[np.int64]) -> NDArray[np.float64]:
@@ -60,9 +71,33 @@ class CostModel:
         w = np.asarray(widths, dtype=np.float64)
         return self._kernels(w, self.kernel_params) + w @ self.vector_params + self.vector_fixed
 
+    def milliseconds(self, widths: NDArray[np.int64]) -> NDArray[np.float64]:
+        """Latency for one image by the measured table; ``widths`` is (..., n), the result (...).
+
+        Raises:
+            ValueError: if there is no table.
+        """
+        if self.latency is None:
+            raise ValueError("this cost model has no latency table; measure one: gan.latency.measure_latency")
+        return self.latency.milliseconds(*self._layer_widths(widths))
+
+    def with_latency(self, table: LatencyTable) -> CostModel:
+        """The same model with a latency table.
+
+        Raises:
+            UserError: if the table was measured on a network of other layers.
+        """
+        for mine, measured in zip(self._layer_widths(self.dense), table.dense, strict=True):
+            if not np.array_equal(mine, measured):
+                raise UserError(
+                    f"the latency table was measured on layers of {measured.tolist()} channels, but the "
+                    f"network's have {mine.astype(int).tolist()}; measure it again in a new run"
+                )
+        return replace(self, latency=table)
+
     def of(self, kind: CostKind, widths: NDArray[np.int64]) -> NDArray[np.float64]:
-        """Cost of the named kind."""
-        return self.macs(widths) if kind == "macs" else self.params(widths)
+        """Cost of the named kind, in multiply-accumulates, parameters or milliseconds."""
+        return {"macs": self.macs, "params": self.params, "latency": self.milliseconds}[kind](widths)
 
 
 def build_cost_model(

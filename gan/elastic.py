@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +18,14 @@ from torch import Tensor, nn
 from gan.data import PairedImages, to_float
 from gan.groups import ChannelGroup
 from gan.importance import l1_importance, order_of
-from gan.losses import logit_distillation, output_distillation, paired_input
+from gan.losses import (
+    discriminator_loss,
+    generator_loss,
+    logit_distillation,
+    output_distillation,
+    paired_input,
+)
+from gan.runtime import bfloat16_pays
 from gan.slicing import Slicer
 
 
@@ -65,7 +73,13 @@ class ElasticOptions:
     ema: float = 0.995
     """Decay per step of the averaged weights, which are the result."""
     spread: float = 0.4
-    """Standard deviation of a random width's log ratio around the plan's base ratio."""
+    """Standard deviation of a random width's log ratio around the plan's base ratio, group by group."""
+    tilt: float = 0.7
+    """The same for smooth profiles along the depth: narrow bottlenecks, wide ends, and the reverse."""
+    largest: float = 0.6
+    """Largest base ratio of a random plan. Nobody searches near the dense network, and it costs most."""
+    adversarial: float = 0.0
+    """Weight of fooling a critic that learns to tell the elastic outputs from the dense ones."""
     shift: int = 8
     """Largest shift of the images, in pixels."""
     mixing: float = 0.5
@@ -76,16 +90,26 @@ class ElasticOptions:
 
 
 def random_widths(
-    dense: Sequence[int], multiple: int, smallest: Sequence[int], spread: float, random: torch.Generator
+    dense: Sequence[int],
+    multiple: int,
+    smallest: Sequence[int],
+    options: ElasticOptions,
+    random: torch.Generator,
 ) -> tuple[int, ...]:
-    """Widths of a random plan: a base ratio between the smallest plan's and 1, and noise per group.
+    """Widths of a random plan: a base ratio between the smallest plan's and the largest, and noise.
 
     The base is uniform in log, so that small plans, where quality is lost, are seen as often as large ones.
+    The noise is a smooth profile along the depth (two cosines: one end against the other, ends against the
+    middle) plus independent noise per group.
     """
     ratios = torch.tensor([s / d for s, d in zip(smallest, dense, strict=True)], dtype=torch.float64)
     lowest = math.log(float(ratios.mean()))
-    base = lowest * float(torch.rand((), generator=random, dtype=torch.float64))
-    noise = torch.randn(len(dense), generator=random, dtype=torch.float64) * spread
+    highest = max(lowest, math.log(options.largest))
+    base = highest + (lowest - highest) * float(torch.rand((), generator=random, dtype=torch.float64))
+    depth = (torch.arange(len(dense), dtype=torch.float64) + 0.5) * (math.pi / len(dense))
+    amplitudes = torch.randn(2, generator=random, dtype=torch.float64) * options.tilt
+    profile = amplitudes[0] * depth.cos() + amplitudes[1] * (2 * depth).cos()
+    noise = profile + torch.randn(len(dense), generator=random, dtype=torch.float64) * options.spread
     widths = []
     for channels, ratio in zip(dense, torch.exp(base + noise).tolist(), strict=True):
         width = multiple * max(1, round(ratio * channels / multiple))
@@ -126,6 +150,37 @@ def teaching_images(
                     ]
             inputs, targets = to_float(mixed).split(3, 1)
             yield inputs, targets
+
+
+class Adversary:
+    """A discriminator that learns during the warm-up to tell elastic outputs from dense ones.
+
+    A distance between images alone is content with blur; what finetuning makes of a plan is not blurred,
+    so neither should be what the plan is scored by.
+
+    Args:
+        network: where it starts from; trained in place.
+        options: of the warm-up.
+    """
+
+    def __init__(self, network: nn.Module, options: ElasticOptions) -> None:
+        self.network = network.train().requires_grad_(True)
+        self.optimizer = torch.optim.Adam(
+            self.network.parameters(), lr=options.learning_rate / 5, betas=(0.5, 0.999)
+        )
+
+    def fooled(self, inputs: Tensor, made: Tensor) -> Tensor:
+        """The generator's loss (0-d) for its outputs (N, 3, H, W); reaches no weight of the adversary."""
+        self.network.requires_grad_(False)
+        return generator_loss(self.network(paired_input(inputs, made)).float(), "vanilla")
+
+    def learn(self, inputs: Tensor, lesson: Tensor, made: Tensor) -> None:
+        """One step: dense outputs are real, elastic ones are not."""
+        self.network.requires_grad_(True)
+        real, fake = (self.network(paired_input(inputs, images)).float() for images in (lesson, made))
+        self.optimizer.zero_grad(set_to_none=True)
+        discriminator_loss(real, fake, "vanilla").backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
 
 
 def train_elastic(
@@ -169,33 +224,45 @@ def train_elastic(
         optimizers.append(torch.optim.Adam(leaves, lr=options.learning_rate, betas=(0.5, 0.999)))
         schedules.append(torch.optim.lr_scheduler.CosineAnnealingLR(optimizers[-1], max(1, options.steps)))
     dense_widths = [network.slicer.dense_widths for network in networks]
+    adversary = Adversary(networks[1].network(smallest[1]), options) if options.adversarial > 0 else None
+    amp = partial(torch.autocast, device.type, torch.bfloat16, enabled=bfloat16_pays(device))
     images = teaching_images(pairs, options, random)
     for step in range(options.steps):
         inputs, targets = (x.to(device) for x in next(images))
-        with torch.no_grad():
-            lesson = teacher(inputs)
+        with torch.no_grad(), amp():
+            lesson = teacher(inputs).float()
         optimizers[0].zero_grad(set_to_none=True)
         total = 0.0
         made = inputs
-        draw = random_widths(dense_widths[0], multiples[0], smallest[0], options.spread, random)
-        for widths in (dense_widths[0], tuple(smallest[0]), draw):
-            made = networks[0].slicer.run(weights[0], widths, inputs, training=True)
+        draws = [random_widths(dense_widths[0], multiples[0], smallest[0], options, random) for _ in range(2)]
+        if step % 2:  # the sandwich's largest slice; it costs most, so only every other step
+            draws[0] = dense_widths[0]
+        for widths in (draws[0], tuple(smallest[0]), draws[1]):
+            with amp():
+                made = networks[0].slicer.run(weights[0], widths, inputs, training=True).float()
             loss = output_distillation(made, lesson)
-            loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
+            if adversary is not None:
+                with amp():
+                    loss = loss + options.adversarial * adversary.fooled(inputs, made)
+            loss.backward()  # type: ignore[no-untyped-call]
         optimizers[0].step()
+        if adversary is not None:
+            with amp():
+                adversary.learn(inputs, lesson, made.detach())
 
         # One half of the batch keeps the discriminator's share of the step small; its task is the easier one.
         half = slice(0, max(1, len(inputs) // 2))
         shown = torch.cat([targets[half], lesson[half], made.detach()[half]])
         seen = paired_input(inputs[half].repeat(3, 1, 1, 1), shown)
-        with torch.no_grad():
-            logits = critic(seen)
+        with torch.no_grad(), amp():
+            logits = critic(seen).float()
         optimizers[1].zero_grad(set_to_none=True)
-        draw = random_widths(dense_widths[1], multiples[1], smallest[1], options.spread, random)
+        draw = random_widths(dense_widths[1], multiples[1], smallest[1], options, random)
         for widths in (dense_widths[1] if step % 2 else tuple(smallest[1]), draw):
-            loss = logit_distillation(networks[1].slicer.run(weights[1], widths, seen, training=True), logits)
-            loss.backward()  # type: ignore[no-untyped-call]
+            with amp():
+                answer = networks[1].slicer.run(weights[1], widths, seen, training=True).float()
+            logit_distillation(answer, logits).backward()  # type: ignore[no-untyped-call]
         optimizers[1].step()
 
         decay = min(options.ema, (1 + step) / (10 + step))

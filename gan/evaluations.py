@@ -6,7 +6,6 @@ resume (a run repeated from its seed reads the log until it gets to new plans).
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Mapping
@@ -17,8 +16,8 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from gan.append_log import AppendLog
 from gan.cost import CostKind, CostModel
-from gan.errors import UserError
 from gan.groups import ChannelGroup
 from gan.plans import Plan
 
@@ -101,10 +100,6 @@ class PlanScorer(Protocol):
         """Score a plan; deterministic."""
 
 
-class LogMismatch(UserError):
-    """The log was written with other weights, images or formulas."""
-
-
 class EvaluationLog:
     """Append-only ``evaluations.jsonl``: a header line, then one line per scored plan.
 
@@ -126,38 +121,7 @@ class EvaluationLog:
         self.scores: dict[str, Scores] = {}
         self.counted: list[str] = []
         self.search_seconds = self.reference_seconds = 0.0
-        header = {"format": 1, **fingerprint}
-        if not path.exists():
-            path.write_text(json.dumps(header) + "\n")
-            return
-        raw = path.read_bytes()
-        whole = raw[: raw.rfind(b"\n") + 1]
-        if not whole and json.dumps(header).encode().startswith(raw):  # died while it wrote the header
-            path.write_text(json.dumps(header) + "\n")
-            return
-        lines = whole.decode(errors="replace").splitlines()
-        try:
-            found = json.loads(lines[0]) if lines else None
-        except json.JSONDecodeError:
-            found = None
-        if not isinstance(found, dict):
-            raise LogMismatch(f"{path} is no evaluation log: its first line is no header; use another path")
-        wrong = sorted(key for key in {*header, *found} if header.get(key) != found.get(key))
-        if wrong:
-            raise LogMismatch(
-                f"{path} was written with another {', '.join(wrong)}; its scores cannot be mixed with new "
-                "ones: start a new run instead of resuming this one"
-            )
-        if len(whole) < len(raw):
-            with path.open("r+b") as handle:
-                handle.truncate(len(whole))
-        for number, line in enumerate(lines[1:], start=2):
-            try:
-                self._read(json.loads(line))
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise LogMismatch(
-                    f"line {number} of {path} is damaged ({error}); cut the file off there, or make a new run"
-                ) from error
+        self._file = AppendLog(path, fingerprint, self._read, kind="evaluation log", entries="scores")
 
     def _read(self, entry: Mapping[str, Any]) -> None:
         key = Plan.from_dict(entry["plan"]).key
@@ -177,8 +141,7 @@ class EvaluationLog:
             "counted": counted,
             "seconds": round(seconds, 4),
         }
-        with self.path.open("a") as handle:
-            handle.write(json.dumps(entry) + "\n")
+        self._file.append(entry)
         self.scores[plan.key] = scores
 
 

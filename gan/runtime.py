@@ -1,4 +1,4 @@
-"""ONNX on the CPU: building small graphs, opening sessions, running batches side by side.
+"""What the machine can do; ONNX on the CPU: small graphs, sessions, batches side by side.
 
 The only importer of onnx and onnxruntime; both are imported when first needed.
 """
@@ -37,6 +37,13 @@ def require(package: str) -> ModuleType:
 def default_threads() -> int:
     """The thread count that torch was told (``OMP_NUM_THREADS``, ``torch.set_num_threads``), ≥ 1."""
     return torch.get_num_threads()
+
+
+def bfloat16_pays(device: torch.device) -> bool:
+    """True where the processor multiplies bfloat16 natively; elsewhere it is emulated, and slow."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()
 
 
 def session(model: bytes | Path, threads: int = 1) -> Any:

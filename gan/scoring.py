@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from gan.losses import paired_input
 from gan.norm_statistics import recompute_statistics
 from gan.plans import Plan
 
-FORMULAS = "1"
+FORMULAS = "2"
 """Raised whenever a gap's formula changes: scores of different formulas must not meet in one log."""
 
 
@@ -56,9 +57,10 @@ class Yardstick:
         self.to_real = KernelReference(self.real_features)
         self.dense_to_real = self.to_real.mmd2(self.features)
         self.feature_spread = float((self.features - self.features.mean(0)).norm(dim=1).mean())
+        self.discriminator = discriminator
         self._real = paired_input(self.inputs, self.targets)
         self.real_logits = run_batched(discriminator, self._real)
-        self.fake_logits = run_batched(discriminator, paired_input(self.inputs, self.outputs))
+        self.fake_logits = self.judge(self.outputs)
 
     def generator_gaps(
         self, outputs: Tensor, features: Tensor | None = None
@@ -70,31 +72,44 @@ class Yardstick:
             features: their features, when they are known already.
         """
         features = self.extractor(outputs) if features is None else features
+        density = self.neighbourhoods.compare(features)
         gaps = {
-            "crowd_gap": self.neighbourhoods.crowd_gap(features),
-            "arrangement_gap": self.neighbourhoods.arrangement_gap(features),
+            "crowd_gap": density.crowd,
+            "arrangement_gap": density.arrangement,
             "mmd_gap": max(0.0, self.to_dense.mmd2(features)),
             "real_gap": max(0.0, self.to_real.mmd2(features) - self.dense_to_real),
             "l1_gap": float((outputs - self.outputs).abs().mean()),
             "feature_gap": float((features - self.features).norm(dim=1).mean()) / self.feature_spread,
         }
-        return gaps, {"arrangement_mean": self.neighbourhoods.arrangement_mean(features)}
+        return gaps, {"arrangement_mean": density.stretch}
+
+    def judge(self, outputs: Tensor) -> Tensor:
+        """Logits of the dense discriminator on a generator's outputs."""
+        return run_batched(self.discriminator, paired_input(self.inputs, outputs))
 
     def logits_on_real(self, discriminator: nn.Module) -> Tensor:
         """Logits of a pruned discriminator on the real images."""
         return run_batched(discriminator, self._real)
 
-    def balance_gap(self, outputs: Tensor, discriminator: nn.Module, on_real: Tensor | None = None) -> float:
+    def balance_gap(
+        self,
+        outputs: Tensor,
+        discriminator: nn.Module,
+        on_real: Tensor | None = None,
+        judged: Tensor | None = None,
+    ) -> float:
         """How far the pruned pair's balance is from the dense pair's.
 
         Args:
             outputs: of the pruned generator.
             discriminator: the pruned one.
             on_real: its :meth:`logits_on_real`, when they are known already.
+            judged: what :meth:`judge` says of the outputs, when it is known already.
         """
         on_real = self.logits_on_real(discriminator) if on_real is None else on_real
+        judged = self.judge(outputs) if judged is None else judged
         fake = run_batched(discriminator, paired_input(self.inputs, outputs))
-        return balance_gap(self.real_logits, self.fake_logits, on_real, fake)
+        return balance_gap(self.real_logits, self.fake_logits, judged, on_real, fake)
 
 
 @dataclass(frozen=True)
@@ -112,6 +127,21 @@ class PairAgent:
     statistics_inputs: Tensor
 
 
+class Generated(NamedTuple):
+    """What a scorer remembers of a generator's slice.
+
+    Attributes:
+        outputs: (N, 3, H, W) for the probe.
+        judged: the dense discriminator's logits on them.
+        gaps, diagnostics: what the yardstick says of them.
+    """
+
+    outputs: Tensor
+    judged: Tensor
+    gaps: dict[str, float]
+    diagnostics: dict[str, float]
+
+
 class Scorer:
     """Plan → gaps, on the whole probe.
 
@@ -125,6 +155,7 @@ class Scorer:
         cost_kind: what budgets speak of.
         ranking: name of the channel ranking.
         cache: how many slices of each network are remembered.
+        amp: run the slices in bfloat16 (1.9 times as fast where the processor knows it); gaps stay float64.
     """
 
     def __init__(
@@ -137,7 +168,9 @@ class Scorer:
         cost_kind: CostKind = "macs",
         ranking: str = "l1",
         cache: int = 8,
+        amp: bool = False,
     ) -> None:
+        self._amp = amp
         self._agents = {"generator": generator, "discriminator": discriminator}
         self.yardstick = yardstick
         self._ranking = ranking
@@ -153,9 +186,7 @@ class Scorer:
             for kind, agent in self._agents.items()
         }
         self._cache_size = cache
-        self._made: OrderedDict[tuple[int, ...], tuple[Tensor, dict[str, float], dict[str, float]]] = (
-            OrderedDict()
-        )
+        self._made: OrderedDict[tuple[int, ...], Generated] = OrderedDict()
         self._critics: OrderedDict[tuple[int, ...], tuple[nn.Module, Tensor]] = OrderedDict()
         self._fingerprint = {
             "weights": tensors_hash(
@@ -177,6 +208,7 @@ class Scorer:
             "statistics": tensors_hash({k: agent.statistics_inputs for k, agent in self._agents.items()}),
             "extractor": f"{yardstick.extractor.name} {yardstick.extractor.fingerprint}",
             "formulas": FORMULAS,
+            "precision": "bfloat16" if amp else "float32",
         }
 
     @property
@@ -198,12 +230,24 @@ class Scorer:
     def slice(self, agent: str, widths: Sequence[int], shared: bool = False) -> nn.Module:
         """A slice with its own BatchNorm statistics: what is scored, and what finetuning starts from."""
         held = self._agents[agent]
-        return recompute_statistics(held.elastic.network(widths, shared), held.statistics_inputs)
+        network = held.elastic.network(widths, shared)
+        if not shared:
+            return recompute_statistics(network, held.statistics_inputs)
+        if self._amp:
+            network.to(memory_format=torch.channels_last)  # what bfloat16 convolutions are quick in
+        with self._precision():
+            return recompute_statistics(network, held.statistics_inputs)
 
-    def _generated(self, widths: tuple[int, ...]) -> tuple[Tensor, dict[str, float], dict[str, float]]:
+    def _precision(self) -> torch.autocast:
+        return torch.autocast(self.yardstick.inputs.device.type, torch.bfloat16, enabled=self._amp)
+
+    def _generated(self, widths: tuple[int, ...]) -> Generated:
         if widths not in self._made:
-            outputs = run_batched(self.slice("generator", widths, shared=True), self.yardstick.inputs)
-            self._made[widths] = (outputs, *self.yardstick.generator_gaps(outputs))
+            network = self.slice("generator", widths, shared=True)
+            with self._precision():
+                outputs = run_batched(network, self.yardstick.inputs).float()
+            gaps, diagnostics = self.yardstick.generator_gaps(outputs)
+            self._made[widths] = Generated(outputs, self.yardstick.judge(outputs), gaps, diagnostics)
             if len(self._made) > self._cache_size:
                 self._made.popitem(last=False)
         return self._made[widths]
@@ -211,7 +255,8 @@ class Scorer:
     def _critic(self, widths: tuple[int, ...]) -> tuple[nn.Module, Tensor]:
         if widths not in self._critics:
             critic = self.slice("discriminator", widths, shared=True)
-            self._critics[widths] = critic, self.yardstick.logits_on_real(critic)
+            with self._precision():
+                self._critics[widths] = critic, self.yardstick.logits_on_real(critic).float()
             if len(self._critics) > self._cache_size:
                 self._critics.popitem(last=False)
         return self._critics[widths]
@@ -222,7 +267,8 @@ class Scorer:
             raise ValueError(
                 f"the plan ranks channels by {plan.ranking!r}; these weights by {self._ranking!r}"
             )
-        outputs, gaps, diagnostics = self._generated(plan["generator"])
+        made = self._generated(plan["generator"])
         critic, logits = self._critic(plan["discriminator"])
-        balance = self.yardstick.balance_gap(outputs, critic, logits)
-        return Scores({**gaps, "balance_gap": balance}, diagnostics)
+        with self._precision():
+            balance = self.yardstick.balance_gap(made.outputs, critic, logits, made.judged)
+        return Scores({**made.gaps, "balance_gap": balance}, made.diagnostics)

@@ -3,25 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 
 from gan.checkpoints import load_network, load_tensors, save_tensors, tensors_hash
-from gan.cost import CostKind, build_cost_model
+from gan.cost import DEFAULT_COST, CostKind, CostModel, build_cost_model
 from gan.data import PairedImages, embedded_pairs
 from gan.elastic import ElasticNetwork, order_channels
 from gan.errors import UserError, unknown
 from gan.features import load_extractor
 from gan.groups import ChannelGroup, find_groups
+from gan.latency import LatencyTable, measure_latency
 from gan.losses import paired_input
 from gan.networks import Architecture
 from gan.norm_statistics import recompute_statistics
 from gan.plans import Plan
+from gan.runtime import bfloat16_pays
 from gan.scoring import PairAgent, Scorer, Yardstick, run_batched
 from gan.slicing import Slicer
 
@@ -51,6 +53,7 @@ class Task:
         train, val, test: pairs for training, for every choice, and for the final figures.
         multiples: agent → widths are multiples of it.
         elastic_path: elastic weights that come with the task, or None.
+        latency: agent → measured table of its latency, or None: then there is no cost ``latency`` yet.
     """
 
     name: str
@@ -62,6 +65,7 @@ class Task:
     test: PairedImages
     multiples: Mapping[str, int]
     elastic_path: Path | None
+    latency: Mapping[str, LatencyTable] | None = None
 
     @property
     def device(self) -> torch.device:
@@ -76,6 +80,22 @@ class Task:
         """One input of the network, (1, C, H, W)."""
         image = torch.zeros(1, *self.val.inputs.shape[1:], device=self.device)
         return image if agent == "generator" else paired_input(image, image)
+
+    def cost_model(self, agent: str) -> CostModel:
+        """What widths of one network cost; with latency where it has been measured."""
+        model = build_cost_model(self.networks[agent], self.groups[agent], [self.example(agent)])
+        return model if self.latency is None else model.with_latency(self.latency[agent])
+
+    def with_latency(self, tables: Mapping[str, LatencyTable] | None = None) -> Task:
+        """The same task with latency tables: the given ones, or measured now, on the task's device."""
+        if tables is None:
+            tables = {
+                agent: measure_latency(
+                    self.networks[agent], self.groups[agent], [self.example(agent)], self.multiples[agent]
+                )
+                for agent in AGENTS
+            }
+        return replace(self, latency=tables)
 
     def ordered(self) -> dict[str, ElasticNetwork]:
         """The dense weights with their channels in order of importance."""
@@ -101,7 +121,7 @@ class Task:
 
     def scorer(
         self,
-        cost: CostKind = "macs",
+        cost: CostKind = DEFAULT_COST,
         start: Start = "elastic",
         *,
         weights: Mapping[str, ElasticNetwork] | None = None,
@@ -111,14 +131,15 @@ class Task:
         """A scorer on the val images.
 
         Args:
-            cost: what budgets speak of.
+            cost: what budgets speak of; latency is measured first where the task has no tables yet.
             start: where slices come from, unless ``weights`` hands them in.
             weights: agent → elastic weights.
             probe: number of val images; all of them by default.
             statistics_images: train images on which every slice's BatchNorm statistics are recomputed.
         """
-        if cost not in ("macs", "params"):
-            raise unknown("cost", cost, ("macs", "params"))
+        if cost not in get_args(CostKind):
+            raise unknown("cost", cost, get_args(CostKind))
+        costs = self.with_latency() if cost == "latency" and self.latency is None else self
         weights = self.elastic_weights(start) if weights is None else weights
         pairs = self.val if probe is None else self.val.take(probe)
         extractor = load_extractor(device=self.device)
@@ -127,7 +148,7 @@ class Task:
         agents = {
             agent: PairAgent(
                 weights[agent],
-                build_cost_model(self.networks[agent], self.groups[agent], [self.example(agent)]),
+                costs.cost_model(agent),
                 shown[agent],
             )
             for agent in AGENTS
@@ -139,6 +160,7 @@ class Task:
             multiples=self.multiples,
             cost_kind=cost,
             ranking="l1",
+            amp=bfloat16_pays(self.device),
         )
 
     def cut(self, weights: Mapping[str, ElasticNetwork], plan: Plan) -> tuple[nn.Module, nn.Module]:

@@ -28,6 +28,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "pettingzoo": ("envs/", "agents/vec_env.py"),
     "stable_baselines3": ("agents/",),
     "matplotlib": ("experiments/figures.py",),
+    "cma": ("agents/search.py",),
     "pandas": ("experiments/",),
     "tyro": ("experiments/",),
 }

@@ -1,13 +1,28 @@
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from envs.budget import Budget
-from experiments.build import build_budgets, check_reachable, finetuning, pick_device, prunable, smallest_plan
+from experiments.build import (
+    build_budgets,
+    check_reachable,
+    finetuning,
+    pick_device,
+    prunable,
+    smallest_plan,
+    with_latency,
+)
 from gan.errors import UserError
+from gan.latency import measure_latency
 from gan.tasks import AGENTS, load_task
+
+CPU = torch.device("cpu")
 
 
 def test_defaults_and_parsed_budgets() -> None:
@@ -35,9 +50,9 @@ def test_unreachable_budgets_are_refused_with_the_range() -> None:
 
 
 def test_finetuning_is_the_same_for_every_row_but_its_seed() -> None:
-    assert finetuning(3, seed=1) == finetuning(3, seed=1)
-    assert finetuning(3, seed=1).seed == 1
-    assert finetuning(3, seed=1, seconds=9.0).seconds == 9.0
+    assert finetuning(3, 1, CPU) == finetuning(3, 1, CPU)
+    assert finetuning(3, 1, CPU).seed == 1
+    assert finetuning(3, 1, CPU, seconds=9.0).seconds == 9.0
 
 
 def test_devices() -> None:
@@ -59,3 +74,45 @@ def test_multiples_keep_uniform_from_leaving_more_than_random_plans() -> None:
         network, budget = networks[agent], budgets[agent].low
         plans = [project(network, random_proportions(network, random), budget) for _ in range(100)]
         assert uniform(network, budget).unused <= np.mean([plan.unused for plan in plans])
+
+
+def weights_clock(module: nn.Module, inputs: Sequence[torch.Tensor]) -> float:
+    """A clock whose time is the number of weights: deterministic."""
+    return 0.1 + 1e-6 * sum(parameter.numel() for parameter in module.parameters())
+
+
+def test_a_budget_of_latency(tmp_path: Path) -> None:
+    task = load_task()
+    tables = {
+        agent: measure_latency(
+            task.networks[agent],
+            task.groups[agent],
+            [task.example(agent)],
+            task.multiples[agent],
+            timer=weights_clock,
+            points=3,
+            rounds=1,
+            runs=1,
+        )
+        for agent in AGENTS
+    }
+    path = tmp_path / "latency.json"
+    first = with_latency(task.with_latency(tables), path)
+    again = with_latency(task, path)  # read, not measured
+    budgets = build_budgets("generator=0.4,discriminator=0.6")
+    check_reachable(first, budgets, "latency")
+    plans = smallest_plan(first, budgets, "latency")
+    assert plans == smallest_plan(again, budgets, "latency")
+    assert plans != smallest_plan(task, budgets)
+    for agent, network in prunable(again, "latency").items():
+        kept = network.cost_of(np.array(plans[agent])) / network.cost_of(network.channels)
+        assert 0.9 * budgets[agent].low < kept <= budgets[agent].low
+    with pytest.raises(UserError, match=r"generator's latency .* give a budget from"):
+        check_reachable(again, build_budgets("0.001"), "latency")
+
+
+def test_a_damaged_latency_table_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "latency.json"
+    path.write_text("{")
+    with pytest.raises(UserError, match="is no latency table"):
+        with_latency(load_task(), path)

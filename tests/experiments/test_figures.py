@@ -12,9 +12,11 @@ from PIL import Image
 
 from experiments.figures import (
     MOST_SERIES,
+    Cloud,
     NetworkWidths,
     Series,
     band,
+    calibration,
     curves,
     moving_average,
     samples,
@@ -146,3 +148,19 @@ def test_figures_are_written_in_the_format_of_their_name(tmp_path: Path) -> None
 def test_images_are_written_as_png(tmp_path: Path) -> None:
     path = save_image(samples({"a": torch.zeros(1, 3, 8, 8)}), tmp_path / "s.png")
     assert Image.open(io.BytesIO(path.read_bytes())).mode == "RGB"
+
+
+def test_calibration_draws_a_panel_per_term_with_its_tau_and_the_range_of_the_seeds() -> None:
+    results = np.array([[1.0, 3.0], [2.0, 2.0], [4.0, 5.0]])
+    clouds = [
+        Cloud("total score", "score", np.array([0.0, 1.0, 2.0]), -0.5),
+        Cloud("constant", "gap", np.ones(3), np.nan),
+    ]
+    figure = calibration(clouds, results, ["uniform", "iid", "iid"], title="some plans")
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    assert titles == ["total score · τ -0.50", "constant"]
+    assert [axes.get_xlabel() for axes in figure.axes] == ["score before finetuning", "gap before finetuning"]
+    points = {tuple(map(float, line.get_ydata())) for line in figure.axes[0].lines}
+    assert points == {(2.0,), (2.0, 4.5)}
+    bars = [path.vertices[:, 1].tolist() for c in figure.axes[0].collections for path in c.get_paths()]
+    assert sorted(bars) == [[1.0, 3.0], [2.0, 2.0], [4.0, 5.0]]

@@ -209,7 +209,7 @@ def test_readme_train_commands(work: Path, tmp_path: Path, arguments: list[str])
         (["--output", "."], "exists"),
         (["--resume", "nowhere"], "does not exist"),
         (["--colour", "red"], "--colour"),
-        (["--cost", "latency"], "latency"),
+        (["--cost", "flops"], "flops"),
     ],
 )
 def test_bad_input_is_one_sentence_and_writes_nothing(

@@ -141,10 +141,19 @@ dense_and_smallest = st.lists(st.integers(1, 64), min_size=1, max_size=6).flatma
 )
 
 
-@given(dense_and_smallest, st.integers(1, 16), st.floats(0, 2), st.integers(0, 2**31))
-def test_random_widths_are_legal(widths, multiple, spread, seed):
+@given(
+    dense_and_smallest,
+    st.integers(1, 16),
+    st.floats(0, 2),
+    st.floats(0, 2),
+    st.floats(0.01, 1),
+    st.integers(0, 2**31),
+)
+def test_random_widths_are_legal(widths, multiple, spread, tilt, largest, seed):
     dense, smallest = widths
-    found = random_widths(dense, multiple, smallest, spread, random(seed))
+    found = random_widths(
+        dense, multiple, smallest, ElasticOptions(spread=spread, tilt=tilt, largest=largest), random(seed)
+    )
     assert len(found) == len(dense)
     for width, channels in zip(found, dense, strict=True):
         assert type(width) is int
@@ -153,12 +162,25 @@ def test_random_widths_are_legal(widths, multiple, spread, seed):
 
 def test_random_widths_lie_between_the_smallest_and_the_dense():
     dense, smallest = (32, 64, 128), (8, 16, 32)
-    found = torch.tensor([random_widths(dense, 4, smallest, 0.0, random(seed)) for seed in range(200)])
+    options = ElasticOptions(spread=0.0, tilt=0.0, largest=1.0)
+    found = torch.tensor([random_widths(dense, 4, smallest, options, random(seed)) for seed in range(200)])
     ratios = found / torch.tensor(dense)
     assert float(ratios.min()) >= 0.25 - 2 / 32  # rounding
     assert float(ratios.max()) <= 1
     below = float((ratios[:, 2] < 0.5).float().mean())
     assert 0.35 < below < 0.65  # as many below as above the geometric middle
+
+
+def test_tilted_widths_follow_the_depth():
+    """Without noise of their own neighbours move together: ends against the middle, or end to end."""
+    dense, smallest = (256,) * 9, (64,) * 9
+    options = ElasticOptions(spread=0.0, tilt=1.0, largest=0.5)
+    found = torch.tensor(
+        [random_widths(dense, 4, smallest, options, random(seed)) for seed in range(100)], dtype=torch.float64
+    ).log()
+    steps = found.diff(dim=1).abs().mean()
+    assert float(found.std(dim=1).mean()) > 0.3
+    assert float(steps) < 0.6 * float(found.std(dim=1).mean())
 
 
 def lessons(options: ElasticOptions, count: int = 6, pairs: PairedImages | None = None) -> list[Tensor]:

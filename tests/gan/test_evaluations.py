@@ -7,7 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gan.evaluations import FAMILIES, CountedScorer, EvaluationLog, LogMismatch, PrunableNetwork, Scores
+from gan.append_log import LogMismatch
+from gan.evaluations import FAMILIES, CountedScorer, EvaluationLog, PrunableNetwork, Scores
 from gan.plans import Plan
 from tests.gan.conftest import Pair
 

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from gan.append_log import LogMismatch
 from gan.balance import balance_gap
 from gan.checkpoints import state_hash, tensors_hash
 from gan.cost import build_cost_model
 from gan.data import PairedImages
 from gan.elastic import ElasticNetwork
-from gan.evaluations import FAMILIES, CountedScorer, EvaluationLog, LogMismatch
+from gan.evaluations import FAMILIES, CountedScorer, EvaluationLog
 from gan.losses import paired_input
 from gan.plans import Plan
 from gan.scoring import PairAgent, Scorer, Yardstick, run_batched
@@ -90,13 +91,14 @@ def test_gaps_by_hand(yardstick):
     assert gaps["feature_gap"] == pytest.approx(sum(distances) / 12 / spread)
 
 
-def test_the_balance_is_that_of_all_four_kinds_of_logits(pair, yardstick):
+def test_the_balance_is_that_of_all_five_kinds_of_logits(pair, yardstick):
     critic, outputs = tiny_discriminator(9), run_batched(tiny_generator(9), yardstick.inputs)
     judged = [
         run_batched(network, paired_input(yardstick.inputs, images))
         for network, images in (
             (pair.discriminator, yardstick.targets),
             (pair.discriminator, yardstick.outputs),
+            (pair.discriminator, outputs),
             (critic, yardstick.targets),
             (critic, outputs),
         )
@@ -105,6 +107,7 @@ def test_the_balance_is_that_of_all_four_kinds_of_logits(pair, yardstick):
     assert yardstick.balance_gap(outputs, critic) == pytest.approx(wanted)
     known = yardstick.logits_on_real(critic)
     assert yardstick.balance_gap(outputs, critic, known) == pytest.approx(wanted)
+    assert yardstick.balance_gap(outputs, critic, known, judged[2]) == pytest.approx(wanted)
 
 
 def test_the_real_images_are_no_farther_from_themselves(yardstick):

@@ -230,7 +230,7 @@ def test_the_scorer_takes_weights_and_a_smaller_probe(task):
 
 
 def test_an_unknown_cost_is_refused(task):
-    with pytest.raises(UserError, match="unknown cost 'flops'; known are macs, params"):
+    with pytest.raises(UserError, match="unknown cost 'flops'; known are latency, macs, params"):
         task.scorer("flops")  # type: ignore[arg-type]
 
 

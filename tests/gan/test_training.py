@@ -258,3 +258,20 @@ def test_a_set_smaller_than_a_batch_is_one_batch():
     trained = trainer(replace(OPTIONS, epochs=3, batch_size=16))
     trained.fit(PairedImages(*(x[:5] for x in (tiny_pairs(5).inputs, tiny_pairs(5).targets)), ("",) * 5))
     assert trained.steps == 3
+
+
+def test_margins_are_told_step_by_step():
+    """Before the step: the mean logit on real images minus that on made ones."""
+    trained = trainer(replace(OPTIONS, jitter=0.0))
+    inputs, targets = tiny_pairs(4).tensors()
+    trained.generator.train()
+    trained.discriminator.train()
+    with torch.no_grad():
+        fake = copy.deepcopy(trained.generator)(inputs)
+        judge = copy.deepcopy(trained.discriminator)
+        real, made = (judge(torch.cat([inputs, images], 1)).mean() for images in (targets, fake))
+    trained.step(inputs, targets, 1e-3)
+    torch.testing.assert_close(trained.margins, [real - made])
+    told: list[TrainingProgress] = []
+    trainer().fit(tiny_pairs(12), told.append)
+    assert [len(progress.margins) for progress in told] == [3, 3, 3, 3]

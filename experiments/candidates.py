@@ -1,0 +1,141 @@
+"""Plans of equal cost to compare: uniform, near it, far from it, and the best of finished runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from envs.budget import kind_of, project, random_proportions, uniform_widths
+from envs.checks import check_plan
+from experiments.runs import open_run, read_json
+from gan.errors import UserError
+from gan.evaluations import PrunableNetwork
+from gan.plans import Plan
+
+SIGMAS = (0.15, 1.0)
+"""Range of the standard deviation of a drawn plan's log proportions: from near uniform to far from it."""
+WAVES = 3
+"""Cosines of a smooth profile: half a wave over the depth, a whole one, one and a half."""
+DISCRIMINATOR_EVERY = 3
+"""One drawn plan in three has a random discriminator, the others the uniform one."""
+TRIES = 200
+"""Draws of a plan before the budget is said to hold no more of them."""
+
+
+@dataclass(frozen=True)
+class NamedPlan:
+    """A plan of the study.
+
+    Attributes:
+        label: unique in the study.
+        kind: ``uniform``, ``iid``, ``smooth`` or ``found``.
+        plan: its widths.
+    """
+
+    label: str
+    kind: str
+    plan: Plan
+
+
+def smooth_proportions(groups: int, rng: np.random.Generator, sigma: float) -> NDArray[np.float64]:
+    """(groups,) proportions whose logs are a few slow cosines over the depth, with standard deviation σ.
+
+    So wide ends with a narrow middle and the reverse occur, which independent draws hardly give.
+    """
+    place = (np.arange(groups) + 0.5) / groups
+    waves = np.arange(1, WAVES + 1)
+    profile = (rng.standard_normal(WAVES) / waves) @ np.cos(np.pi * waves[:, None] * place)
+    spread = float(profile.std())
+    return np.exp(sigma * profile / spread) if spread > 0 else np.ones(groups)
+
+
+def draw_plans(
+    networks: Mapping[str, PrunableNetwork],
+    budgets: Mapping[str, float],
+    count: int,
+    rng: np.random.Generator,
+    ranking: str,
+) -> list[NamedPlan]:
+    """The uniform plan and ``count − 1`` other plans that fill the same budget.
+
+    Odd ones have independent log-normal proportions, even ones smooth profiles; the sigma is drawn
+    log-uniformly from ``SIGMAS``. The discriminator is uniform in all but every third.
+
+    Raises:
+        UserError: the budget admits fewer plans.
+    """
+    uniform = {agent: uniform_widths(network, budgets[agent]) for agent, network in networks.items()}
+    plans = [NamedPlan("uniform", "uniform", Plan.of(uniform, ranking))]
+    known = {plans[0].plan.key}
+    for number in range(1, count):
+        kind = "iid" if number % 2 else "smooth"
+        for _ in range(TRIES):
+            widths = dict(uniform)
+            for agent, network in networks.items():
+                sigma = float(np.exp(rng.uniform(*np.log(SIGMAS))))
+                if kind_of(agent) == "generator":
+                    proportions = (
+                        random_proportions(network, rng, sigma)
+                        if kind == "iid"
+                        else smooth_proportions(len(network.groups), rng, sigma)
+                    )
+                elif number % DISCRIMINATOR_EVERY == 0:
+                    proportions = random_proportions(network, rng, sigma)
+                else:
+                    continue
+                widths[agent] = project(network, proportions, budgets[agent]).widths
+            plan = Plan.of(widths, ranking)
+            if plan.key not in known:
+                break
+        else:
+            raise UserError(
+                f"only {len(plans)} different plans were found at this budget, not {count}; "
+                "take fewer --plans or a larger --budget"
+            )
+        known.add(plan.key)
+        plans.append(NamedPlan(f"{kind}-{number:02d}", kind, plan))
+    return plans
+
+
+def found_plan(
+    path: Path, task: str, networks: Mapping[str, PrunableNetwork], budgets: Mapping[str, float]
+) -> NamedPlan:
+    """The best plan of a run.
+
+    Args:
+        path: the run's folder.
+        task: the study's task.
+        networks: its networks, with the cost that budgets speak of.
+        budgets: agent → keep ratio.
+
+    Raises:
+        UserError: no run, no plan yet, or one of another task, cost or budget.
+    """
+    folder = open_run(path)
+    if not folder.plan.is_file():
+        raise UserError(f"the run {path} has no plan.json yet; finish it, or leave it out of --found")
+    options, best = read_json(folder.options), read_json(folder.plan).get("best")
+    if options.get("task") != task:
+        raise UserError(f"the run {path} is of task {options.get('task')!r}; this study is of {task!r}")
+    cost = next(iter(networks.values())).cost_kind
+    if options.get("cost", cost) != cost:
+        raise UserError(f"the run {path} has a budget of {options['cost']}; this study of {cost}")
+    try:
+        plan, at = Plan.from_dict(best), {agent: float(best["budgets"][agent]) for agent in budgets}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{folder.plan} holds no best plan ({error}); make the run again") from error
+    if any(not math.isclose(at[agent], budget, rel_tol=1e-9) for agent, budget in budgets.items()):
+        given, wanted = (
+            ", ".join(f"{agent} {share:g}" for agent, share in shares.items()) for shares in (at, budgets)
+        )
+        raise UserError(f"the best plan of {path} is for the budget {given}; this study is for {wanted}")
+    try:
+        check_plan(plan, networks, budgets)
+    except ValueError as error:
+        raise UserError(f"the best plan of {path} does not fit task {task!r}: {error}") from error
+    return NamedPlan(f"found:{path.name}", "found", plan)

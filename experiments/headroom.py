@@ -1,0 +1,543 @@
+"""Is there anything to find over uniform pruning? Long searches and hand-made shapes, finetuned, on test.
+
+A cell is a task, a cost and a budget. Nothing is chosen on the test images: the plans are fixed before.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+from tyro.conf import UseAppendAction
+
+from agents.registry import AGENTS as LEARNERS
+from envs.budget import Budget, kind_of
+from envs.pruning_env import PruningEnv
+from envs.rewards import Weights
+from experiments import cli
+from experiments.agreement import Interval, paired_difference
+from experiments.build import (
+    build_budgets,
+    build_env,
+    build_learner,
+    check_reachable,
+    pick_device,
+    with_latency,
+)
+from experiments.figures import Estimates, intervals, save_figure
+from experiments.runs import RunFolder, create_run, describe_run, open_run, plain, read_json, read_options
+from experiments.trials import Trial, TrialResult, run_trials
+from experiments.watch import Watch
+from gan.cost import CostKind
+from gan.elastic import ElasticNetwork
+from gan.errors import UserError, unknown
+from gan.files import write_json, write_text
+from gan.groups import ChannelGroup
+from gan.plans import Plan
+from gan.tasks import STATISTICS_IMAGES, TASKS, Task, load_elastic, load_task
+
+DESCRIPTION = """Searches each cell (task, cost, budget) with many evaluations, finetunes the plan found, some
+hand-made shapes and the uniform plan with several seeds, and compares them on the test images."""
+EXAMPLES = (
+    ("python experiments/headroom.py --cell edges2emoji:macs:0.1 --output FOLDER", "one cell"),
+    (
+        "python experiments/headroom.py --cell edges2emoji:macs:0.1 --cell edges2emoji:params:0.1 "
+        "--output FOLDER",
+        "several",
+    ),
+    ("python experiments/headroom.py --cell edges2emoji:macs:0.1 --output FOLDER --quick", "a look around"),
+    ("python experiments/headroom.py --resume FOLDER", "go on after an interruption"),
+)
+KID = "kid_efficientnet_lite0"
+LEVEL = 0.95
+"""Of the intervals."""
+SHOWN = (KID, "l1", "prdc_coverage", "macs", "params", "latency_ms")
+"""Columns of ``gan.evaluation.COLUMNS`` that the report averages."""
+FREE_ON_RESUME = ("resume", "workers")
+"""Options that may differ from those of the interrupted study: no result depends on them."""
+
+SHAPES: dict[str, tuple[float, ...]] = {
+    "narrow_bottleneck": (1.0, 1.0, 1.0, 0.7, 0.3, 0.3),
+    "wide_ends": (2.0, 1.0, 1.0, 1.0, 1.0, 1.0),
+    "pyramid": (3.0, 2.0, 1.3, 0.8, 0.45, 0.3),
+    "steep": (4.0, 3.0, 2.0, 1.0, 0.3, 0.15),
+}
+"""Name → proportions from the generator's largest maps to its smallest, at equal steps of the log resolution.
+
+What a person would try: keep more where the maps are large. The factors are those of a U-Net of six levels,
+a value per level; in between they are interpolated in the log. Only ratios matter."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of ``headroom.py``."""
+
+    cell: Annotated[tuple[str, ...], UseAppendAction] = ()
+    """TASK:COST:BUDGET, such as edges2emoji:macs:0.1; once for each cell."""
+    evaluations: int = 2000
+    """Plans that the search of a cell may score."""
+    seeds: int = 3
+    """Finetunings of every plan, with the seeds 0, 1, …"""
+    epochs: int = 10
+    """Epochs of a finetuning."""
+    algo: str = "cmaes"
+    """Who searches: a name of agents/registry.py."""
+    seed: int = 0
+    """Of the search."""
+    elastic: Path | None = None
+    """File of elastic weights; without it those that come with the task."""
+    output: Path | None = None
+    """New folder."""
+    resume: Path | None = None
+    """Go on with this folder; its own options are used."""
+    workers: int = 2
+    """Processes that finetune, of one thread each."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the networks run; auto takes CUDA when there is one."""
+    quick: bool = False
+    """Few evaluations, images, epochs and seeds: a look around, no result."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What ``--quick`` makes small: numbers of plans, seeds, epochs and images; None = all."""
+
+    evaluations: int
+    seeds: int
+    epochs: int
+    probe: int | None
+    statistics: int
+    train: int | None
+    test: int | None
+
+    @classmethod
+    def of(cls, options: Options) -> Sizes:
+        if options.quick:
+            return cls(min(options.evaluations, 24), min(options.seeds, 2), 1, 16, 16, 48, 32)
+        return cls(options.evaluations, options.seeds, options.epochs, None, STATISTICS_IMAGES, None, None)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """Where to look.
+
+    Attributes:
+        task: an embedded task.
+        cost: what the budget is a share of.
+        budget: as in ``--budget``: a bare number is the generator's; fixed, because potentials at different
+            budgets do not compare.
+    """
+
+    task: str
+    cost: CostKind
+    budget: str
+
+    @classmethod
+    def of(cls, text: str) -> Cell:
+        """A cell from ``TASK:COST:BUDGET``.
+
+        Raises:
+            UserError: if a part is missing or unknown, or the budget is a range.
+        """
+        parts = text.split(":", 2)
+        if len(parts) != 3:
+            raise UserError(f"a cell is TASK:COST:BUDGET, such as edges2emoji:macs:0.1; got {text!r}")
+        task, cost, budget = parts
+        if task not in TASKS:
+            raise unknown("task", task, TASKS)
+        if cost not in get_args(CostKind):
+            raise unknown("cost", cost, get_args(CostKind))
+        cell = cls(task, cost, budget)  # type: ignore[arg-type]
+        if not all(one.fixed for one in cell.budgets.values()):
+            raise UserError(f"the budget of the cell {text!r} is a range; give each budget a cell of its own")
+        return cell
+
+    @property
+    def budgets(self) -> dict[str, Budget]:
+        """Agent → budget."""
+        return build_budgets(self.budget)
+
+    @property
+    def name(self) -> str:
+        """Of the folder and in the report."""
+        return f"{self.task}-{self.cost}-{self.budget}".replace("=", "").replace(",", "-")
+
+
+@dataclass(frozen=True)
+class CellFolder:
+    """The paths of one cell.
+
+    Attributes:
+        path: the folder itself.
+    """
+
+    path: Path
+
+    @property
+    def evaluations(self) -> Path:
+        """The evaluation log of the search: an interrupted one is repeated from it."""
+        return self.path / "evaluations.jsonl"
+
+    @property
+    def latency(self) -> Path:
+        """The measured table that a budget of latency is counted with."""
+        return self.path / "latency.json"
+
+    @property
+    def plans(self) -> Path:
+        """Plans by name; written when the search is over."""
+        return self.path / "plans.json"
+
+    @property
+    def trials(self) -> Path:
+        """One line per finetuned plan and seed."""
+        return self.path / "trials.jsonl"
+
+    @property
+    def result(self) -> Path:
+        """Written last, so a cell that has it is done."""
+        return self.path / "cell.json"
+
+
+@dataclass(frozen=True)
+class Row:
+    """A plan after finetuning.
+
+    Attributes:
+        means: column of ``SHOWN`` → mean over the seeds (median for the latency).
+        kid: (seeds,) KID on the test images by seed.
+        kid_spread: standard deviation of it over the seeds; NaN for one seed.
+        difference: KID minus that of uniform with the same seed: mean and interval; negative is better.
+        relative: the mean difference as a share of uniform's mean KID.
+    """
+
+    means: Mapping[str, float]
+    kid: tuple[float, ...]
+    kid_spread: float
+    difference: Interval
+    relative: float
+
+
+def main(options: Options) -> None:
+    """Every cell: search, finetune, measure; the report after each."""
+    console = Console()
+    options, folder = open_folder(options)
+    try:
+        results: dict[str, dict[str, Any]] = {}
+        for text in options.cell:
+            cell = Cell.of(text)
+            console.print(f"[bold]{cell.name}[/bold]", highlight=False)
+            results[cell.name] = run_cell(cell, CellFolder(folder.path / cell.name), options, Watch(console))
+            write_report(folder, results, options)
+    except KeyboardInterrupt:
+        command = f"python experiments/headroom.py --resume {folder.path}"
+        raise KeyboardInterrupt(f"stopped; what is done stays; go on with: {command}") from None
+    console.print((folder.path / "table.md").read_text(), highlight=False, soft_wrap=True)
+    console.print(f"everything is in {folder.path}", highlight=False, soft_wrap=True)
+
+
+def open_folder(options: Options) -> tuple[Options, RunFolder]:
+    """Check the options and make the folder, or open the one to resume.
+
+    Raises:
+        UserError: an option that no study can use; nothing has been written then.
+    """
+    if options.resume is not None:
+        return reopen(options, options.resume)
+    if not options.cell:
+        raise UserError("there is no cell to look at; give one, such as --cell edges2emoji:macs:0.1")
+    if options.output is None:
+        raise UserError("the results need a folder; name a new one with --output FOLDER")
+    if options.algo not in LEARNERS:
+        raise unknown("algorithm", options.algo, LEARNERS)
+    for name in ("evaluations", "seeds", "epochs", "workers"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name} is {getattr(options, name)}; it must be 1 or more")
+    cells = [Cell.of(text) for text in options.cell]
+    if len({cell.name for cell in cells}) < len(cells):
+        raise UserError("--cell names the same cell twice; once is enough")
+    tasks: dict[tuple[str, bool], Task] = {}  # with and without a latency table, which is measured once
+    for cell in cells:
+        key = cell.task, cell.cost == "latency"
+        if key not in tasks:
+            task = load_task(cell.task, pick_device(options.device))
+            tasks[key] = task.with_latency() if cell.cost == "latency" else task
+        check_reachable(tasks[key], cell.budgets, cell.cost)
+        elastic_weights(tasks[key], options)
+    folder = create_run("headroom", options.algo, options.seed, options.output)
+    for cell in cells:
+        if cell.cost == "latency":
+            place = CellFolder(folder.path / cell.name)
+            place.path.mkdir()
+            with_latency(tasks[cell.task, True], place.latency)
+    describe_run(folder, options, device=pick_device(options.device), threads=torch.get_num_threads())
+    return options, folder
+
+
+def reopen(options: Options, path: Path) -> tuple[Options, RunFolder]:
+    """The options of an interrupted study; the same ones may be given again.
+
+    Raises:
+        UserError: other options than the study was begun with.
+    """
+    folder = open_run(path)
+    known, default = read_options(folder, Options), asdict(Options())
+    given = {name: value for name, value in asdict(options).items() if value != default[name]}
+    changed = [
+        f"--{name}"
+        for name, value in given.items()
+        if name not in FREE_ON_RESUME and value != getattr(known, name)
+    ]
+    if changed:
+        raise UserError(f"--resume goes on with the study's own options; leave out {', '.join(changed)}")
+    return Options(**{**asdict(known), "workers": options.workers}), folder
+
+
+def elastic_weights(task: Task, options: Options) -> Mapping[str, ElasticNetwork]:
+    """What plans are cut from."""
+    return task.shipped_elastic() if options.elastic is None else load_elastic(options.elastic, task)
+
+
+def run_cell(cell: Cell, folder: CellFolder, options: Options, watch: Watch) -> dict[str, Any]:
+    """Search, finetune and measure one cell; a part that is done is read.
+
+    Returns:
+        The content of ``cell.json``.
+    """
+    if folder.result.is_file():
+        return read_json(folder.result)
+    folder.path.mkdir(exist_ok=True)
+    if not folder.plans.is_file():
+        write_json(folder.plans, search(cell, folder, options, watch))
+    found = read_json(folder.plans)
+    plans = {name: Plan.from_dict(plan) for name, plan in found["plans"].items()}
+    sizes = Sizes.of(options)
+    trials = [Trial(name, plan, seed) for seed in range(sizes.seeds) for name, plan in plans.items()]
+    with watch.stage("finetune", len(trials)) as stage:
+
+        def on_done(result: TrialResult) -> None:
+            stage.advance(note=f"{result.trial.label} {result.row[KID]:.3f}")
+
+        results = run_trials(
+            cell.task,
+            options.elastic or "elastic",
+            trials,
+            folder.trials,
+            epochs=sizes.epochs,
+            split="test",
+            workers=options.workers,
+            on_done=on_done,
+            train_images=sizes.train,
+            judge_images=sizes.test,
+            device=pick_device(options.device),
+        )
+    content = {"cell": cell, "search": found["search"], "plans": found["plans"], "rows": summarise(results)}
+    write_json(folder.result, plain(content))
+    return read_json(folder.result)
+
+
+def search(cell: Cell, folder: CellFolder, options: Options, watch: Watch) -> dict[str, Any]:
+    """Look for a plan on the val images; an interrupted search is repeated from its log.
+
+    Returns:
+        The content of ``plans.json``: the plans to finetune, and what the search says of them.
+    """
+    sizes, task = Sizes.of(options), load_task(cell.task, pick_device(options.device))
+    if cell.cost == "latency":
+        task = with_latency(task, folder.latency)
+    with watch.stage("scorer"):
+        scorer = task.scorer(
+            cell.cost,
+            weights=elastic_weights(task, options),
+            probe=sizes.probe,
+            statistics_images=sizes.statistics,
+        )
+    env = build_env(
+        scorer,
+        cell.budgets,
+        log=folder.evaluations,
+        evaluations=sizes.evaluations,
+        weights=Weights(),
+        reward="step",
+    )
+    with watch.stage("references") as stage:
+        env.prepare(stage.at)
+    with watch.stage("search", sizes.evaluations) as stage:
+        env.listener = SearchBar(env, stage)
+        build_learner(options.algo, options.seed, None).learn(env)
+        env.listener = None
+    return compare_plans(env)
+
+
+class SearchBar:
+    """Moves the search's bar."""
+
+    def __init__(self, env: PruningEnv, stage: Any) -> None:
+        self._env, self._stage = env, stage
+
+    def on_plan(self, evaluation: Any) -> None:
+        scorer, best = self._env.scorer, self._env.best
+        self._stage.at(scorer.evaluations, scorer.limit)
+        self._stage.say("" if best is None else f"best {best.potential:+.3f}")
+
+    def on_episode(self, episode: Any) -> None:
+        """Nothing to show: every plan is an episode."""
+
+
+def compare_plans(env: PruningEnv) -> dict[str, Any]:
+    """Uniform, hand-made and found plans at an environment's budget, with their scores.
+
+    Names may share a plan, as shapes do at tight budgets: it is finetuned once.
+    """
+    assert env.best is not None  # budgets are fixed
+    plans = {"uniform": env.uniform_plan(), **shaped_plans(env), "found": env.best.plan}
+    scores = {name: env.evaluate(plan, counted=False) for name, plan in plans.items()}
+    return plain(
+        {
+            "plans": {name: plan.to_dict() for name, plan in plans.items()},
+            "search": {
+                "evaluations": env.scorer.evaluations,
+                "potential": {name: evaluation.potential for name, evaluation in scores.items()},
+                "gaps": {name: evaluation.scores.gaps for name, evaluation in scores.items()},
+                "unused": {name: evaluation.unused for name, evaluation in scores.items()},
+            },
+        }
+    )
+
+
+def shaped_plans(env: PruningEnv) -> dict[str, Plan]:
+    """Name of ``SHAPES`` → the plan that gives this shape to generators and leaves discriminators uniform."""
+    networks = env.scorer.networks
+    plans = {}
+    for name in SHAPES:
+        proportions = {
+            agent: shape_proportions(name, network.groups)
+            if kind_of(agent) == "generator"
+            else np.ones(len(network.groups))
+            for agent, network in networks.items()
+        }
+        plans[name] = env.plan_from_proportions(proportions)
+    return plans
+
+
+def shape_proportions(name: str, groups: Sequence[ChannelGroup]) -> NDArray[np.float64]:
+    """Proportions of a hand-made shape for any generator.
+
+    A group stands at t = log(R / r) / log(R / r_min), where r is the height of its map and R and r_min are
+    the largest and the smallest of the network: 0 at the ends of a U-Net, 1 at its bottleneck and in the
+    residual blocks of a ResNet.
+
+    Args:
+        name: key of ``SHAPES``.
+        groups: n groups of the generator.
+
+    Returns:
+        (n,) proportions, the largest 1. All 1 where every map has the same height.
+    """
+    heights = np.array([group.resolution for group in groups], dtype=np.float64)
+    depth = np.log(heights.max() / heights)
+    place = depth / depth.max() if depth.max() > 0 else depth
+    knots = np.array(SHAPES[name])
+    logs = np.interp(place, np.linspace(0.0, 1.0, len(knots)), np.log(knots))
+    return np.exp(logs - logs.max())
+
+
+def summarise(results: Sequence[TrialResult]) -> dict[str, Row]:
+    """Name of a plan → its row; differences are paired with uniform by seed.
+
+    Args:
+        results: the same seeds for every name, ``uniform`` among the names.
+    """
+    by_name: dict[str, dict[int, Mapping[str, float]]] = {}
+    for result in results:
+        by_name.setdefault(result.trial.label, {})[result.trial.seed] = result.row
+    base = [row[KID] for _, row in sorted(by_name["uniform"].items())]
+    rows = {}
+    for name, seeds in by_name.items():
+        ordered = [row for _, row in sorted(seeds.items())]
+        kid = [row[KID] for row in ordered]
+        # other processes disturb a timing upwards, so its median
+        average = dict.fromkeys(SHOWN, statistics.fmean) | {"latency_ms": statistics.median}
+        difference = paired_difference(kid, base, LEVEL)
+        rows[name] = Row(
+            means={column: average[column]([row[column] for row in ordered]) for column in SHOWN},
+            kid=tuple(kid),
+            kid_spread=statistics.stdev(kid) if len(kid) > 1 else math.nan,
+            difference=difference,
+            relative=difference.value / statistics.fmean(base),
+        )
+    return rows
+
+
+def write_report(folder: RunFolder, results: Mapping[str, Mapping[str, Any]], options: Options) -> None:
+    """Write ``headroom.json``, ``table.md`` and ``headroom.png`` of the cells that are done.
+
+    Args:
+        folder: where they go.
+        results: name of a cell → content of its ``cell.json``.
+        options: of the study.
+    """
+    sizes = Sizes.of(options)
+    protocol = (
+        f"{sizes.evaluations} evaluations of {options.algo} on the val images, {sizes.epochs} epochs of "
+        f"finetuning, {sizes.seeds} seeds; KID* (EfficientNet-Lite0 at 112 px) against the real targets of "
+        "the test images and their mirror images; nothing was chosen on them"
+    )
+    write_json(folder.path / "headroom.json", {"protocol": protocol, "cells": dict(results)})
+    tables = [f"## {name}\n\n{table(result)}" for name, result in results.items()]
+    write_text(
+        folder.path / "table.md", "\n\n".join([f"# Headroom over uniform\n\n{protocol}.", *tables, ""])
+    )
+    panels = [estimates(name, result["rows"]) for name, result in results.items()]
+    label = "KID* minus uniform's, same seeds (negative is better)"
+    title = f"mean and {LEVEL:.0%} interval over {sizes.seeds} seeds, dots are seeds"
+    save_figure(intervals(panels, label, title), folder.path / "headroom.png")
+
+
+def estimates(name: str, rows: Mapping[str, Mapping[str, Any]]) -> Estimates:
+    """One panel of the figure: every plan but uniform, which is the zero line."""
+    others = {label: row for label, row in rows.items() if label != "uniform"}
+    pairs = [np.subtract(row["kid"], rows["uniform"]["kid"]) for row in others.values()]
+    ends = [row["difference"][1:] for row in others.values()]
+    bounds = np.array([[math.nan if end is None else end for end in pair] for pair in ends], dtype=np.float64)
+    return Estimates(name, tuple(others), np.array(pairs), bounds.reshape(len(others), 2))
+
+
+def table(result: Mapping[str, Any]) -> str:
+    """The Markdown table of a cell, a plan a row."""
+    level = f"{LEVEL:.0%} interval"
+    heads = ["plan", "score", "KID* ↓", f"Δ KID* to uniform ({level})", "Δ, %", "L1 ↓", "coverage* ↑"]
+    heads += ["MACs, M", "params, k", "latency, ms"]
+    lines = [heads, ["---"] * len(heads)]
+    for name, row in result["rows"].items():
+        value, low, high = row["difference"]
+        spread = "" if row["kid_spread"] is None else f" ± {row['kid_spread']:.4f}"
+        interval = "" if low is None else f" ({low:+.4f} to {high:+.4f})"
+        means = row["means"]
+        lines.append(
+            [
+                name,
+                f"{result['search']['potential'][name]:+.2f}",
+                f"{means[KID]:.4f}{spread}",
+                "" if name == "uniform" else f"{value:+.4f}{interval}",
+                "" if name == "uniform" else f"{100 * row['relative']:+.1f}",
+                f"{means['l1']:.4f}",
+                f"{means['prdc_coverage']:.3f}",
+                f"{means['macs'] / 1e6:.2f}",
+                f"{means['params'] / 1e3:.1f}",
+                f"{means['latency_ms']:.2f}",
+            ]
+        )
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+if __name__ == "__main__":
+    cli.run(main, Options, DESCRIPTION, EXAMPLES)

@@ -1,0 +1,317 @@
+"""Trials: finetune many plans, in worker processes, into a log that any interruption leaves readable."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from experiments.build import finetuning
+from experiments.workers import work_off
+from gan.append_log import AppendLog
+from gan.checkpoints import state_hash
+from gan.data import PairedImages
+from gan.elastic import ElasticNetwork
+from gan.errors import UserError, unknown
+from gan.evaluation import Judge
+from gan.features import load_extractor
+from gan.files import file_hash
+from gan.plans import Plan
+from gan.tasks import AGENTS, Task, load_elastic, load_task
+from gan.training import Lessons, TrainingProgress, finetune
+
+Split = Literal["val", "test"]
+Discriminator = Literal["pruned", "dense"]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A plan to finetune.
+
+    Attributes:
+        label: what the plan is called; the same plan under two labels is finetuned once.
+        plan: widths of both networks.
+        seed: of order, augmentation and dropout.
+        discriminator: finetune beside the slice of the plan, or beside the whole dense discriminator.
+    """
+
+    label: str
+    plan: Plan
+    seed: int
+    discriminator: Discriminator = "pruned"
+
+    @property
+    def key(self) -> tuple[str, int, str]:
+        """Trials with equal keys have equal results."""
+        return self.plan.key, self.seed, self.discriminator
+
+
+@dataclass(frozen=True)
+class TrialResult:
+    """What came out of a trial.
+
+    Attributes:
+        trial: what was finetuned.
+        raw: figures (``gan.evaluation.COLUMNS``) of the slice before finetuning.
+        row: the same after it.
+        margin_mean: mean over the training steps of the discriminator's margin: its mean logit on real
+            images minus that on made ones.
+        margin_spread: standard deviation of that margin over the steps.
+        seconds: of finetuning and measuring.
+    """
+
+    trial: Trial
+    raw: Mapping[str, float]
+    row: Mapping[str, float]
+    margin_mean: float
+    margin_spread: float
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready form; :meth:`from_dict` reads it back."""
+        trial = self.trial
+        return {
+            "label": trial.label,
+            "plan": trial.plan.to_dict(),
+            "seed": trial.seed,
+            "discriminator": trial.discriminator,
+            "raw": dict(self.raw),
+            "row": dict(self.row),
+            "margin_mean": self.margin_mean,
+            "margin_spread": self.margin_spread,
+            "seconds": round(self.seconds, 2),
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> TrialResult:
+        trial = Trial(data["label"], Plan.from_dict(data["plan"]), data["seed"], data["discriminator"])
+        numbers = (data[name] for name in ("margin_mean", "margin_spread", "seconds"))
+        return cls(trial, dict(data["raw"]), dict(data["row"]), *map(float, numbers))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What all trials of one log share.
+
+    Attributes:
+        task: an embedded task.
+        weights: what plans are cut from: ``elastic`` (the task's own), ``dense``, or a file of elastic ones.
+        epochs: of finetuning, ≥ 1.
+        split: images that the results are measured on.
+        train_images: train on so many, spread evenly; None = all.
+        judge_images: measure on so many of the split; None = all.
+        device: where the networks run.
+    """
+
+    task: str
+    weights: str
+    epochs: int
+    split: Split = "val"
+    train_images: int | None = None
+    judge_images: int | None = None
+    device: str = "cpu"
+
+    def check(self) -> None:
+        """Refuse what no trial can use.
+
+        Raises:
+            UserError: in one sentence.
+        """
+        if self.epochs < 1:
+            raise UserError(f"trials train for {self.epochs} epochs; they need 1 or more")
+        if self.split not in ("val", "test"):
+            raise unknown("split", self.split, ("val", "test"))
+
+    def elastic(self, task: Task) -> Mapping[str, ElasticNetwork]:
+        """The weights that plans are cut from."""
+        if self.weights in ("elastic", "dense"):
+            return task.elastic_weights(self.weights)  # type: ignore[arg-type]
+        return load_elastic(Path(self.weights), task)
+
+    def fingerprint(self, task: Task) -> dict[str, Any]:
+        """What the results depend on: the header of their log."""
+        path = task.elastic_path if self.weights == "elastic" else Path(self.weights)
+        options = asdict(finetuning(self.epochs, 0, task.device))
+        extractor = load_extractor(device=task.device)
+        return {
+            "task": self.task,
+            "weights": "dense" if self.weights == "dense" or path is None else file_hash(path),
+            "dense_pair": {agent: state_hash(task.networks[agent]) for agent in AGENTS},
+            "finetuning": {name: value for name, value in options.items() if name != "seed"},
+            "split": self.split,
+            "train_images": self.train_images,
+            "judge_images": self.judge_images,
+            "extractor": f"{extractor.name} {extractor.fingerprint}",
+        }
+
+
+class Workbench:
+    """Does trials, one after the other; holds what they share.
+
+    Args:
+        task: networks and images.
+        weights: agent → what plans are cut from.
+        settings: see :class:`Settings`.
+    """
+
+    def __init__(self, task: Task, weights: Mapping[str, ElasticNetwork], settings: Settings) -> None:
+        self.task, self.weights, self.settings = task, weights, settings
+        self.train = _take(task.train, settings.train_images)
+        images = _take(task.val if settings.split == "val" else task.test, settings.judge_images)
+        generator, discriminator = (task.networks[agent] for agent in AGENTS)
+        self.judge = Judge.build(generator, discriminator, images, load_extractor(device=task.device))
+        self._lessons: tuple[int, Lessons] | None = None
+        self._raw: dict[tuple[str, str], dict[str, float]] = {}
+
+    @classmethod
+    def build(cls, settings: Settings) -> Workbench:
+        """Load what the settings name."""
+        task = load_task(settings.task, settings.device)
+        return cls(task, settings.elastic(task), settings)
+
+    def __call__(self, trial: Trial) -> TrialResult:
+        """Cut a plan out, finetune it, measure it before and after."""
+        started = time.perf_counter()
+        pair = self.pair(trial)
+        place = trial.plan.key, trial.discriminator
+        if place not in self._raw:
+            self._raw[place] = self.judge.row(*pair)
+        margins: list[float] = []
+
+        def on_epoch(progress: TrainingProgress) -> None:
+            margins.extend(progress.margins)
+
+        options = finetuning(self.settings.epochs, trial.seed, self.task.device)
+        try:
+            tuned = finetune(*pair, self.lessons(trial.seed), self.train, options, on_epoch)
+        except UserError as error:  # it has diverged
+            raise UserError(f"{trial.label}, seed {trial.seed}: {error}") from error
+        return TrialResult(
+            trial,
+            self._raw[place],
+            self.judge.row(*tuned),
+            statistics.fmean(margins),
+            statistics.pstdev(margins),
+            time.perf_counter() - started,
+        )
+
+    def pair(self, trial: Trial) -> tuple[nn.Module, nn.Module]:
+        """What a trial starts from."""
+        generator, discriminator = self.task.cut(self.weights, trial.plan)
+        if trial.discriminator == "dense":
+            discriminator = self.task.networks["discriminator"]
+        return generator, discriminator
+
+    def lessons(self, seed: int) -> Lessons:
+        """The teacher's answers for one seed; those of the seed before are forgotten."""
+        if self._lessons is None or self._lessons[0] != seed:
+            self._lessons = None  # freed first: two sets of answers need not fit side by side
+            self._lessons = seed, Lessons(self.task.networks["generator"])
+        return self._lessons[1]
+
+
+def _take(pairs: PairedImages, count: int | None) -> PairedImages:
+    return pairs if count is None else pairs.take(count)
+
+
+class TrialLog:
+    """Append-only ``finetuned.jsonl``: a header line, then one line per trial.
+
+    Attributes:
+        results: key of a trial → its result.
+
+    Raises:
+        UserError: if the file was written under other settings, or is damaged.
+    """
+
+    def __init__(self, path: Path, fingerprint: Mapping[str, Any]) -> None:
+        self.results: dict[tuple[str, int, str], TrialResult] = {}
+        self._file = AppendLog(path, fingerprint, self._read, kind="log of trials", entries="results")
+
+    def _read(self, entry: Mapping[str, Any]) -> None:
+        result = TrialResult.from_dict(entry)
+        self.results[result.trial.key] = result
+
+    def append(self, result: TrialResult) -> None:
+        self._file.append(result.to_dict())
+        self.results[result.trial.key] = result
+
+    def known(self, trials: Sequence[Trial]) -> list[TrialResult]:
+        """Results of those trials that the log has, in their order and under their labels."""
+        return [
+            replace(self.results[trial.key], trial=trial) for trial in trials if trial.key in self.results
+        ]
+
+
+def run_trials(
+    task: str,
+    weights: str | Path,
+    trials: Sequence[Trial],
+    log: Path,
+    *,
+    epochs: int,
+    split: Split = "val",
+    workers: int = 2,
+    on_done: Callable[[TrialResult], None] | None = None,
+    train_images: int | None = None,
+    judge_images: int | None = None,
+    device: str = "cpu",
+) -> list[TrialResult]:
+    """Finetune plans and measure them; what the log has already is not done again.
+
+    Two workers of one thread each are 1.7 times as fast as one of two threads. This process alone writes
+    the log, a line per finished trial, so an interruption costs the trials under way and nothing else.
+
+    Args:
+        task: an embedded task.
+        weights: ``elastic``, ``dense``, or a file of elastic weights.
+        trials: what to do; equal plans and seeds are done once.
+        log: ``.jsonl`` file to read and to append to.
+        epochs: of finetuning.
+        split: images that the results are measured on.
+        workers: processes.
+        on_done: called after each new trial.
+        train_images, judge_images, device: see :class:`Settings`.
+
+    Returns:
+        One result per trial, in their order.
+
+    Raises:
+        UserError: settings that no trial can use, a log that was written under others, a training that
+            diverges, or a worker that was killed.
+        RuntimeError: a defect in a worker, with its traceback.
+    """
+    settings = Settings(task, str(weights), epochs, split, train_images, judge_images, device)
+    settings.check()
+    if workers < 1:
+        raise UserError(f"{workers} workers cannot finetune; take 1 or more")
+    loaded = load_task(task, device)
+    settings.elastic(loaded)  # refused here, where it is a sentence
+    journal = TrialLog(log, settings.fingerprint(loaded))
+
+    def keep(result: TrialResult) -> None:
+        journal.append(result)
+        if on_done is not None:
+            on_done(result)
+
+    missing = {trial.key: trial for trial in trials if trial.key not in journal.results}
+    jobs = list(missing.values())
+    work_off(Factory(settings), jobs, lane=lambda trial: trial.seed, workers=workers, keep=keep)
+    return journal.known(trials)
+
+
+@dataclass(frozen=True)
+class Factory:
+    """Makes a worker's workbench, in the worker, which gets one thread."""
+
+    settings: Settings
+
+    def __call__(self) -> Callable[[Trial], TrialResult]:
+        torch.set_num_threads(1)
+        return Workbench.build(self.settings)

@@ -1,0 +1,176 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from experiments import trials
+from experiments.trials import Settings, Trial, TrialLog, TrialResult, Workbench, run_trials
+from gan.elastic import ElasticNetwork
+from gan.errors import UserError
+from gan.evaluation import COLUMNS
+from gan.plans import Plan
+from gan.tasks import Task, load_task
+from tests.gan.conftest import Pair, _pair, fake_extractor, pair, task
+
+__all__ = ["Pair", "_pair", "pair", "task"]  # fixtures
+
+PLAN = Plan.of({"generator": (4, 8, 8, 8, 4), "discriminator": (4, 6)}, "l1")
+OTHER = Plan.of({"generator": (8, 4, 4, 4, 8), "discriminator": (4, 6)}, "l1")
+SETTINGS = Settings("tiny", "dense", epochs=2)
+FINGERPRINT = {"task": "tiny", "finetuning": {"epochs": 2}}
+
+
+@pytest.fixture
+def bench(task: Task, monkeypatch: pytest.MonkeyPatch) -> Workbench:
+    monkeypatch.setattr(trials, "load_extractor", lambda **_: fake_extractor())
+    return Workbench(task, task.ordered(), SETTINGS)
+
+
+def steady(row: Mapping[str, float]) -> dict[str, float]:
+    """A row without what a clock measured."""
+    return {name: value for name, value in row.items() if name != "latency_ms"}
+
+
+def test_a_trial_depends_on_plan_and_seed_alone(bench: Workbench) -> None:
+    first = bench(Trial("a", PLAN, 0))
+    other = bench(Trial("b", OTHER, 1))
+    again = bench(Trial("c", PLAN, 0))  # after another plan and seed
+    assert set(first.row) == set(first.raw) == set(COLUMNS)
+    assert steady(first.row) == steady(again.row)
+    assert (first.margin_mean, first.margin_spread) == (again.margin_mean, again.margin_spread)
+    assert steady(first.row) != steady(first.raw)
+    assert steady(bench(Trial("a", PLAN, 1)).row) != steady(first.row)
+    assert first.raw["macs"] == first.row["macs"] != other.row["macs"]
+    assert first.margin_spread > 0
+
+
+def test_the_dense_discriminator_stays_whole(bench: Workbench, task: Task) -> None:
+    pruned, dense = bench(Trial("a", PLAN, 0)), bench(Trial("a", PLAN, 0, "dense"))
+    whole = bench.judge.row(task.networks["generator"], task.networks["discriminator"])
+    assert dense.row["discriminator_macs"] == whole["discriminator_macs"]
+    assert pruned.row["discriminator_macs"] < whole["discriminator_macs"]
+    assert dense.raw["l1"] == pruned.raw["l1"]  # the generator's slice is the same
+    assert dense.raw["balance_gap"] != pruned.raw["balance_gap"]
+    assert dense.row["l1"] != pruned.row["l1"]
+
+
+def test_the_teacher_answers_once_a_seed(bench: Workbench) -> None:
+    held = bench.lessons(0)
+    assert bench.lessons(0) is held
+    assert bench.lessons(1) is not held
+
+
+def test_a_training_that_diverges_is_named(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = trials.finetuning
+    monkeypatch.setattr(trials, "finetuning", lambda *x: replace(usual(*x), learning_rate=1e30))
+    with pytest.raises(UserError, match=r"plan x, seed 3: the .* loss is no longer finite"):
+        bench(Trial("plan x", PLAN, 3))
+
+
+def result(label: str = "a", plan: Plan = PLAN, seed: int = 0, kid: float = 1.0) -> TrialResult:
+    return TrialResult(Trial(label, plan, seed), {"kid": 2.0}, {"kid": kid}, 0.5, 0.25, 12.0)
+
+
+def test_the_log_gives_back_what_was_written(tmp_path: Path) -> None:
+    log = TrialLog(tmp_path / "x.jsonl", FINGERPRINT)
+    written = [result(), result(seed=1, kid=1.5), result("b", OTHER)]
+    for one in written:
+        log.append(one)
+    again = TrialLog(tmp_path / "x.jsonl", FINGERPRINT)
+    asked = [Trial("b", OTHER, 0), Trial("b", OTHER, 1), Trial("new name", PLAN, 1)]
+    assert again.known(asked) == [written[2], replace(written[1], trial=asked[2])]
+    assert again.known([Trial("a", PLAN, 0, "dense")]) == []
+    header = json.loads((tmp_path / "x.jsonl").read_text().splitlines()[0])
+    assert header == {"format": 1, **FINGERPRINT}
+
+
+def test_a_torn_line_is_dropped_and_other_settings_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    log = TrialLog(path, FINGERPRINT)
+    log.append(result())
+    whole = path.read_text()
+    path.write_text(whole + '{"label": "b", "pl')
+    assert len(TrialLog(path, FINGERPRINT).results) == 1
+    assert path.read_text() == whole
+    with pytest.raises(UserError, match="written with another finetuning; its results cannot be mixed"):
+        TrialLog(path, {**FINGERPRINT, "finetuning": {"epochs": 3}})
+
+
+def test_the_fingerprint_names_what_results_depend_on(
+    task: Task, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(trials, "load_extractor", lambda **_: fake_extractor())
+    (tmp_path / "a").write_bytes(b"a")
+    (tmp_path / "b").write_bytes(b"b")
+    settings = [
+        SETTINGS,
+        replace(SETTINGS, epochs=3),
+        replace(SETTINGS, split="test"),
+        replace(SETTINGS, judge_images=4),
+        replace(SETTINGS, weights=str(tmp_path / "a")),
+        replace(SETTINGS, weights=str(tmp_path / "b")),
+    ]
+    found = [json.dumps(one.fingerprint(task)) for one in settings]
+    assert len(set(found)) == len(settings)
+    assert found[0] == json.dumps(replace(SETTINGS).fingerprint(task))
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"epochs": 0}, "0 epochs; they need 1 or more"),
+        ({"split": "train"}, "unknown split 'train'"),
+        ({"workers": 0}, "0 workers"),
+        ({"task": "edges2cats"}, "unknown task"),
+        ({"weights": "nowhere.safetensors"}, "does not exist"),
+    ],
+)
+def test_bad_input_is_a_sentence(change: dict[str, object], sentence: str, tmp_path: Path) -> None:
+    arguments = {"task": "edges2emoji", "weights": "dense", "epochs": 1, "workers": 1, **change}
+    with pytest.raises(UserError, match=sentence):
+        run_trials(trials=[], log=tmp_path / "x.jsonl", **arguments)  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+
+
+def test_only_new_trials_are_done(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, task: Task
+) -> None:
+    """Everything but the processes."""
+    asked: list[list[str]] = []
+
+    def work_off(make: object, jobs: list[Trial], keep: Callable[[TrialResult], None], **_: object) -> None:
+        asked.append([job.label for job in jobs])
+        for job in reversed(jobs):
+            keep(bench(job))
+
+    monkeypatch.setattr(trials, "work_off", work_off)
+    monkeypatch.setattr(trials, "load_task", lambda *_: task)
+    wanted = [Trial("a", PLAN, 0), Trial("b", OTHER, 0), Trial("a again", PLAN, 0)]
+    log, told = tmp_path / "x.jsonl", []
+    run_trials("tiny", "dense", wanted[:1], log, epochs=2, on_done=told.append)
+    found = run_trials("tiny", "dense", wanted, log, epochs=2, on_done=told.append)
+    assert asked == [["a"], ["b"]]
+    assert [one.trial for one in told] == wanted[:2]
+    assert [one.trial for one in found] == wanted
+    assert found[0].row == found[2].row == told[0].row
+    with pytest.raises(UserError, match="another finetuning"):
+        run_trials("tiny", "dense", wanted, log, epochs=3)
+
+
+@pytest.mark.slow
+def test_trials_in_processes_are_those_of_one(tmp_path: Path) -> None:
+    """On the embedded task, with few images."""
+    settings = Settings("edges2emoji", "elastic", 1, train_images=32, judge_images=16)
+    generator, discriminator = (8, 20, 40, 80, 80, 80, 80, 76, 40, 20, 8), (22, 44, 90, 178)
+    plan = Plan.of({"generator": generator, "discriminator": discriminator}, "l1")
+    jobs = [Trial("uniform", plan, seed) for seed in (0, 1)]
+    found = run_trials(
+        "edges2emoji", "elastic", jobs, tmp_path / "x.jsonl", epochs=1, train_images=32, judge_images=16
+    )
+    weights: Mapping[str, ElasticNetwork] = load_task("edges2emoji").shipped_elastic()
+    alone = Workbench(load_task("edges2emoji"), weights, settings)
+    assert [steady(one.row) for one in found] == [steady(alone(job).row) for job in jobs]
