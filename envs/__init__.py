@@ -69,12 +69,15 @@ def make_env(
     """
     from gan.tasks import load_task  # loads networks and images: only who wants a real task pays for it
 
-    scorer = load_task(task).scorer(cost=cost, start=start)
-    agents = scorer.networks
+    known = load_task(task)
+    agents = tuple(known.networks)
     if budget is None or isinstance(budget, Mapping):
         budgets = default_budgets(agents, budget)
     else:
         budgets = parse_budgets(str(budget), agents)
+    fixed = {agent: one.low for agent, one in budgets.items() if one.fixed}
+    surrogate = known.surrogate(cost, fixed) if start == "elastic" else None
+    scorer = known.scorer(cost=cost, start=start, surrogate=surrogate)
     counted = CountedScorer(scorer, log, evaluations)
     return PruningEnv(counted, budgets, weights=weights, reward=reward, listener=listener)
 

@@ -15,10 +15,11 @@ from gan.evaluations import FAMILIES
 SHARES: dict[str, float] = {
     "crowd_gap": 0.5,
     "arrangement_gap": 0.5,
-    "mmd_gap": 0.5,
+    "mmd_gap": 1.0,
     "real_gap": 0.0,
-    "l1_gap": 0.5,
+    "l1_gap": 0.0,
     "feature_gap": 0.0,
+    "recovery_gap": 1.0,
     "balance_gap": 1.0,
 }
 """Reward term → its share of its family's weight; terms at 0 are logged only."""
@@ -41,6 +42,8 @@ class Weights:
         density: local density of the generator's outputs.
         fidelity: closeness of the outputs to the dense ones.
         balance: how evenly matched the pair stays.
+        recovery: what finetuning will make of the plan, as far as plans that were finetuned tell; 0 for
+            every plan where there are none.
 
     Raises:
         UserError: if a weight is negative or not finite, or none is above 0.
@@ -49,9 +52,10 @@ class Weights:
     density: float = 0.1
     fidelity: float = 1.0
     balance: float = 0.1
+    recovery: float = 4.0
 
     def __post_init__(self) -> None:
-        values = (self.density, self.fidelity, self.balance)
+        values = (self.density, self.fidelity, self.balance, self.recovery)
         if not all(math.isfinite(value) and value >= 0 for value in values) or not any(values):
             raise UserError(f"reward weights must be at least 0, and one above 0; got {self}")
 

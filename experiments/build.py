@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,6 +27,22 @@ from gan.training import FINETUNING, TrainingOptions
 def build_budgets(text: str) -> dict[str, Budget]:
     """``--budget`` → one budget per agent; the defaults where it is empty."""
     return parse_budgets(text, AGENTS) if text else default_budgets(AGENTS)
+
+
+def fixed_shares(budgets: Mapping[str, Budget], text: str) -> dict[str, float]:
+    """Agent → keep ratio.
+
+    Raises:
+        UserError: a budget is a range: plans of different cost do not compare.
+    """
+    if not all(budget.fixed for budget in budgets.values()):
+        raise UserError(f"the budget {text!r} is a range; plans are compared at one budget, such as 0.1")
+    return {agent: budget.low for agent, budget in budgets.items()}
+
+
+def fixed_budgets(text: str) -> dict[str, float]:
+    """Agent → keep ratio of the budgets that are no ranges."""
+    return {agent: budget.low for agent, budget in build_budgets(text).items() if budget.fixed}
 
 
 def prunable(task: Task, cost: str = DEFAULT_COST) -> dict[str, PrunableNetwork]:

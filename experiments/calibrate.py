@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
@@ -17,7 +18,7 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
-from envs.budget import Budget, unused_share
+from envs.budget import unused_share
 from envs.references import References
 from envs.rewards import Weights, potential, term_scores
 from experiments import cli
@@ -31,16 +32,19 @@ from experiments.agreement import (
     regret,
     reliability,
 )
-from experiments.build import build_budgets, check_reachable, pick_device, prunable
+from experiments.build import build_budgets, check_reachable, fixed_shares, pick_device, prunable
 from experiments.candidates import NamedPlan, draw_plans, found_plan
 from experiments.figures import TERMS, Cloud, calibration, save_figure
 from experiments.runs import create_run, describe_run, open_run, plain, read_json, read_options
 from experiments.trials import Settings, Trial, TrialLog, TrialResult, run_trials
 from experiments.watch import Watch
 from gan.errors import UserError
+from gan.evaluation import Judge
 from gan.evaluations import CountedScorer, EvaluationLog, PrunableNetwork, Scores
-from gan.files import write_json, write_text
+from gan.features import load_extractor
+from gan.files import file_hash, write_json, write_text
 from gan.plans import Plan
+from gan.surrogate import FEWEST, Example, Scope, Surrogate, cautious
 from gan.tasks import AGENTS, STATISTICS_IMAGES, Task, load_task
 
 DESCRIPTION = """Draws plans of equal cost, scores them, finetunes them with several seeds, and reports how
@@ -59,6 +63,8 @@ EXAMPLES = (
 )
 KID, L1 = "kid_efficientnet_lite0", "l1"
 FEWEST_PLANS, FEWEST_SEEDS = 4, 2
+SEEN: tuple[str, ...] = ()
+"""Gaps that the surrogate sees beside the widths: none of them helps it."""
 OWN = "default"
 """Name of the weights that are also finetuned."""
 NAME = re.compile(r"[A-Za-z0-9_.-]+")
@@ -155,6 +161,16 @@ class StudyFolder:
     @property
     def scatter(self) -> Path:
         return self.path / "scatter.png"
+
+    @property
+    def dense(self) -> Path:
+        """Figures of the dense pair on the same images."""
+        return self.path / "dense.json"
+
+    @property
+    def surrogate(self) -> Path:
+        """What the finetuned plans say about others."""
+        return self.path / "surrogate.json"
 
     def evaluations(self, name: str) -> Path:
         """The evaluation log of one set of elastic weights."""
@@ -270,17 +286,6 @@ def reopen_study(options: Options, path: Path) -> tuple[Options, StudyFolder]:
     return merged, folder
 
 
-def fixed_shares(budgets: Mapping[str, Budget], text: str) -> dict[str, float]:
-    """Agent → keep ratio.
-
-    Raises:
-        UserError: a budget is a range: plans of different cost do not compare.
-    """
-    if not all(budget.fixed for budget in budgets.values()):
-        raise UserError(f"the budget {text!r} is a range; plans are compared at one budget, such as 0.1")
-    return {agent: budget.low for agent, budget in budgets.items()}
-
-
 def _absolute(weights: str) -> str:
     return weights if weights in ("elastic", "dense") else str(Path(weights).resolve())
 
@@ -340,6 +345,14 @@ def work(options: Options, folder: StudyFolder, watch: Watch) -> None:
     task = load_task(options.task, pick_device(options.device))
     for name, weights in {OWN: options.elastic, **score_files(options.score_with)}.items():
         score(options, name, weights, task, plans, folder, watch)
+    if not folder.dense.is_file():
+        with watch.stage("dense pair"):
+            images = task.val if sizes.judged is None else task.val.take(sizes.judged)
+            pair = (task.networks["generator"], task.networks["discriminator"])
+            row = Judge.build(*pair, images, load_extractor(device=task.device)).row(*pair)
+            weights = task.elastic_path if options.elastic == "elastic" else Path(options.elastic)
+            cut = "dense" if options.elastic == "dense" or weights is None else file_hash(weights)
+            write_json(folder.dense, plain({"row": row, "weights": cut}))
     trials = trials_of(plans, sizes.seeds)
     with watch.stage("finetune", len(trials)) as stage:
         done = 0
@@ -473,6 +486,7 @@ class Study:
         raw: metric → (k,) before it.
         columns: what was scored.
         notes: what is not finished.
+        surrogate: fitted to the finished plans; None where they are too few.
     """
 
     plans: tuple[NamedPlan, ...]
@@ -480,6 +494,7 @@ class Study:
     raw: Mapping[str, NDArray[np.float64]]
     columns: tuple[Column, ...]
     notes: tuple[str, ...]
+    surrogate: Surrogate | None
 
 
 def read_study(options: Options, folder: StudyFolder) -> Study:
@@ -499,20 +514,73 @@ def read_study(options: Options, folder: StudyFolder) -> Study:
             f"{FEWEST_PLANS}: go on with --resume {folder.path}"
         )
     notes = [] if len(done) == len(plans) else [f"{len(done)} of {len(plans)} plans are finished"]
+    rows = [results[named.label] for named in done]
+    surrogate = fit_surrogate(options, folder, networks, done, rows)
     columns: list[Column] = []
     for name in folder.scored:
+        told = surrogate if name == OWN else None
         try:
-            columns += scored_columns(options, name, folder.evaluations(name), networks, done)
+            columns += scored_columns(options, name, folder.evaluations(name), networks, done, told)
         except Missing as missing:
             notes.append(str(missing))
-    rows = [results[named.label] for named in done]
     table = {metric: np.array([[one.row[metric] for one in row] for row in rows]) for metric in (KID, L1)}
     raw = {metric: np.array([row[0].raw[metric] for row in rows]) for metric in (KID, L1)}
     columns += [
         Column(f"raw {metric}", OWN, f"{title} before finetuning", -raw[metric], raw[metric])
         for metric, title in ((KID, "KID"), (L1, "L1"))
     ]
-    return Study(tuple(done), table, raw, tuple(columns), tuple(notes))
+    return Study(tuple(done), table, raw, tuple(columns), tuple(notes), surrogate)
+
+
+def fit_surrogate(
+    options: Options,
+    folder: StudyFolder,
+    networks: Mapping[str, PrunableNetwork],
+    plans: Sequence[NamedPlan],
+    results: Sequence[Sequence[TrialResult]],
+) -> Surrogate | None:
+    """What the finished plans say about others; None while there are too few, or not all are scored."""
+    try:
+        header = log_header(folder.evaluations(OWN))
+        known = EvaluationLog(folder.evaluations(OWN), header).scores
+    except Missing:
+        return None
+    if len(plans) < FEWEST or not folder.dense.is_file() or any(p.plan.key not in known for p in plans):
+        return None
+    dense = read_json(folder.dense)
+    budgets = fixed_shares(build_budgets(options.budget), options.budget)
+    examples = [
+        Example(named.plan, known[named.plan.key].gaps, statistics.fmean(one.row[KID] for one in row))
+        for named, row in zip(plans, results, strict=True)
+    ]
+    scope = Scope(dense["weights"], options.cost, budgets, KID, str(header["formulas"]))
+    channels = {agent: network.channels.tolist() for agent, network in networks.items()}
+    return Surrogate(examples, dense["row"][KID], channels, SEEN, scope)
+
+
+class Predicting:
+    """Logged scores with the recovery that a surrogate predicts: for its own examples without them.
+
+    Args:
+        scorer: gives the scores.
+        surrogate: fitted to some of the plans.
+    """
+
+    def __init__(self, scorer: CountedScorer, surrogate: Surrogate) -> None:
+        self.scorer, self.surrogate = scorer, surrogate
+        self.networks, self.ranking = scorer.networks, scorer.ranking
+        self.fingerprint: Mapping[str, str] = {}
+        self._unseen = {
+            example.plan.key: cautious(*prediction)
+            for example, prediction in zip(surrogate.examples, surrogate.leave_one_out(), strict=True)
+        }
+
+    def score(self, plan: Plan) -> Scores:
+        """The logged scores and the predicted recovery."""
+        scores = self.scorer.score(plan, counted=False)
+        gap = self._unseen.get(plan.key)
+        gap = self.surrogate.gap(plan, scores.gaps) if gap is None else gap
+        return Scores({**scores.gaps, "recovery_gap": gap}, scores.diagnostics)
 
 
 def scored_columns(
@@ -521,6 +589,7 @@ def scored_columns(
     path: Path,
     networks: Mapping[str, PrunableNetwork],
     plans: Sequence[NamedPlan],
+    surrogate: Surrogate | None = None,
 ) -> list[Column]:
     """The total, the total without each of its families, and every gap, by one set of weights.
 
@@ -529,6 +598,8 @@ def scored_columns(
     """
     scorer = LoggedScorer(path, networks)
     counted = CountedScorer(scorer, EvaluationLog(path, scorer.fingerprint))
+    if surrogate is not None:
+        counted = CountedScorer(Predicting(counted, surrogate))
     budgets = build_budgets(options.budget)
     reference = References(counted, budgets).at(fixed_shares(budgets, options.budget))
     gaps = [counted.score(named.plan, counted=False).gaps for named in plans]
@@ -545,6 +616,8 @@ def scored_columns(
             label = f"total without {family}"
             columns.append(total(Weights(**rest), label, label))
     for term in gaps[0]:
+        if term == "recovery_gap" and surrogate is None:
+            continue
         values = np.array([row[term] for row in gaps])
         columns.append(Column(term, name, TERMS.get(term, term), -values, values))
     return columns
@@ -592,6 +665,8 @@ def report(options: Options, folder: StudyFolder, console: Console) -> None:
         "plans": plan_rows(options, study),
     }
     write_json(folder.calibration, plain(document))
+    if study.surrogate is not None:
+        study.surrogate.save(folder.surrogate)
     rows = table_rows(study, found)
     write_text(folder.table, markdown(options, study, facts, rows))
     panels = [

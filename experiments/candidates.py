@@ -1,9 +1,9 @@
-"""Plans of equal cost to compare: uniform, near it, far from it, and the best of finished runs."""
+"""Plans of equal cost to compare: uniform, near it, far from it, hand-made, and the best of finished runs."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from envs.checks import check_plan
 from experiments.runs import open_run, read_json
 from gan.errors import UserError
 from gan.evaluations import PrunableNetwork
+from gan.groups import ChannelGroup
 from gan.plans import Plan
 
 SIGMAS = (0.15, 1.0)
@@ -25,6 +26,17 @@ DISCRIMINATOR_EVERY = 3
 """One drawn plan in three has a random discriminator, the others the uniform one."""
 TRIES = 200
 """Draws of a plan before the budget is said to hold no more of them."""
+
+SHAPES: dict[str, tuple[float, ...]] = {
+    "narrow_bottleneck": (1.0, 1.0, 1.0, 0.7, 0.3, 0.3),
+    "wide_ends": (2.0, 1.0, 1.0, 1.0, 1.0, 1.0),
+    "pyramid": (3.0, 2.0, 1.3, 0.8, 0.45, 0.3),
+    "steep": (4.0, 3.0, 2.0, 1.0, 0.3, 0.15),
+}
+"""Name → proportions from the generator's largest maps to its smallest, at equal steps of the log resolution.
+
+What a person would try: keep more where the maps are large. The factors are those of a U-Net of six levels,
+a value per level; in between they are interpolated in the log. Only ratios matter."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +64,28 @@ def smooth_proportions(groups: int, rng: np.random.Generator, sigma: float) -> N
     profile = (rng.standard_normal(WAVES) / waves) @ np.cos(np.pi * waves[:, None] * place)
     spread = float(profile.std())
     return np.exp(sigma * profile / spread) if spread > 0 else np.ones(groups)
+
+
+def shape_proportions(name: str, groups: Sequence[ChannelGroup]) -> NDArray[np.float64]:
+    """Proportions of a hand-made shape for any generator.
+
+    A group stands at t = log(R / r) / log(R / r_min), where r is the height of its map and R and r_min are
+    the largest and the smallest of the network: 0 at the ends of a U-Net, 1 at its bottleneck and in the
+    residual blocks of a ResNet.
+
+    Args:
+        name: key of ``SHAPES``.
+        groups: n groups of the generator.
+
+    Returns:
+        (n,) proportions, the largest 1. All 1 where every map has the same height.
+    """
+    heights = np.array([group.resolution for group in groups], dtype=np.float64)
+    depth = np.log(heights.max() / heights)
+    place = depth / depth.max() if depth.max() > 0 else depth
+    knots = np.array(SHAPES[name])
+    logs = np.interp(place, np.linspace(0.0, 1.0, len(knots)), np.log(knots))
+    return np.exp(logs - logs.max())
 
 
 def draw_plans(

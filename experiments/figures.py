@@ -58,6 +58,7 @@ TERMS: dict[str, str] = {
     "l1_gap": "fidelity: L1 to dense",
     "real_gap": "fidelity: distance to real",
     "feature_gap": "fidelity: features to dense",
+    "recovery_gap": "predicted recovery",
     "balance_gap": "adversarial balance",
 }
 """Reward term → title of its panel, in the order of the panels; unknown terms follow under their own name."""

@@ -8,13 +8,12 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from rich.console import Console
 from tyro.conf import UseAppendAction
 
@@ -32,15 +31,23 @@ from experiments.build import (
     pick_device,
     with_latency,
 )
+from experiments.candidates import SHAPES, shape_proportions
 from experiments.figures import Estimates, intervals, save_figure
-from experiments.runs import RunFolder, create_run, describe_run, open_run, plain, read_json, read_options
+from experiments.runs import (
+    RunFolder,
+    create_run,
+    describe_run,
+    open_run,
+    plain,
+    read_json,
+    resumed_options,
+)
 from experiments.trials import Trial, TrialResult, run_trials
 from experiments.watch import Watch
 from gan.cost import CostKind
 from gan.elastic import ElasticNetwork
 from gan.errors import UserError, unknown
 from gan.files import write_json, write_text
-from gan.groups import ChannelGroup
 from gan.plans import Plan
 from gan.tasks import STATISTICS_IMAGES, TASKS, Task, load_elastic, load_task
 
@@ -63,17 +70,6 @@ SHOWN = (KID, "l1", "prdc_coverage", "macs", "params", "latency_ms")
 """Columns of ``gan.evaluation.COLUMNS`` that the report averages."""
 FREE_ON_RESUME = ("resume", "workers")
 """Options that may differ from those of the interrupted study: no result depends on them."""
-
-SHAPES: dict[str, tuple[float, ...]] = {
-    "narrow_bottleneck": (1.0, 1.0, 1.0, 0.7, 0.3, 0.3),
-    "wide_ends": (2.0, 1.0, 1.0, 1.0, 1.0, 1.0),
-    "pyramid": (3.0, 2.0, 1.3, 0.8, 0.45, 0.3),
-    "steep": (4.0, 3.0, 2.0, 1.0, 0.3, 0.15),
-}
-"""Name → proportions from the generator's largest maps to its smallest, at equal steps of the log resolution.
-
-What a person would try: keep more where the maps are large. The factors are those of a U-Net of six levels,
-a value per level; in between they are interpolated in the log. Only ratios matter."""
 
 
 @dataclass(frozen=True)
@@ -289,16 +285,7 @@ def reopen(options: Options, path: Path) -> tuple[Options, RunFolder]:
         UserError: other options than the study was begun with.
     """
     folder = open_run(path)
-    known, default = read_options(folder, Options), asdict(Options())
-    given = {name: value for name, value in asdict(options).items() if value != default[name]}
-    changed = [
-        f"--{name}"
-        for name, value in given.items()
-        if name not in FREE_ON_RESUME and value != getattr(known, name)
-    ]
-    if changed:
-        raise UserError(f"--resume goes on with the study's own options; leave out {', '.join(changed)}")
-    return Options(**{**asdict(known), "workers": options.workers}), folder
+    return resumed_options(folder, options, FREE_ON_RESUME), folder
 
 
 def elastic_weights(task: Task, options: Options) -> Mapping[str, ElasticNetwork]:
@@ -426,28 +413,6 @@ def shaped_plans(env: PruningEnv) -> dict[str, Plan]:
         }
         plans[name] = env.plan_from_proportions(proportions)
     return plans
-
-
-def shape_proportions(name: str, groups: Sequence[ChannelGroup]) -> NDArray[np.float64]:
-    """Proportions of a hand-made shape for any generator.
-
-    A group stands at t = log(R / r) / log(R / r_min), where r is the height of its map and R and r_min are
-    the largest and the smallest of the network: 0 at the ends of a U-Net, 1 at its bottleneck and in the
-    residual blocks of a ResNet.
-
-    Args:
-        name: key of ``SHAPES``.
-        groups: n groups of the generator.
-
-    Returns:
-        (n,) proportions, the largest 1. All 1 where every map has the same height.
-    """
-    heights = np.array([group.resolution for group in groups], dtype=np.float64)
-    depth = np.log(heights.max() / heights)
-    place = depth / depth.max() if depth.max() > 0 else depth
-    knots = np.array(SHAPES[name])
-    logs = np.interp(place, np.linspace(0.0, 1.0, len(knots)), np.log(knots))
-    return np.exp(logs - logs.max())
 
 
 def summarise(results: Sequence[TrialResult]) -> dict[str, Row]:

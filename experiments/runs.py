@@ -18,7 +18,7 @@ import subprocess
 import sys
 import types
 import typing
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -296,6 +296,29 @@ def read_options(folder: RunFolder, kind: type[T]) -> T:
         raise UserError(
             f"{folder.options} does not fit this version of the program: {error.args[0]}; make the run again"
         ) from error
+
+
+def resumed_options(folder: RunFolder, options: T, free: Sequence[str]) -> T:
+    """The options that an interrupted study was begun with; the same ones may be given again.
+
+    Args:
+        folder: the study.
+        options: as they are given now, a dataclass whose fields all have defaults.
+        free: names of options that are taken as they are given now.
+
+    Raises:
+        UserError: other options than the study was begun with.
+    """
+    known, default = read_options(folder, type(options)), type(options)()
+    given = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}  # type: ignore[arg-type]
+    changed = [
+        f"--{name.replace('_', '-')}"
+        for name, value in given.items()
+        if name not in free and value not in (getattr(default, name), getattr(known, name))
+    ]
+    if changed:
+        raise UserError(f"--resume goes on with the study's own options; leave out {', '.join(changed)}")
+    return dataclasses.replace(known, **{name: given[name] for name in free})  # type: ignore[type-var]
 
 
 def _restore(kind: Any, value: Any) -> Any:

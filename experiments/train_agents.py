@@ -24,6 +24,7 @@ from experiments.build import (
     build_learner,
     check_reachable,
     finetuning,
+    fixed_budgets,
     pick_device,
     warm_up,
     with_latency,
@@ -50,6 +51,7 @@ from gan.features import load_extractor
 from gan.files import file_hash, write_json
 from gan.plans import Plan
 from gan.scoring import run_batched
+from gan.surrogate import Surrogate
 from gan.tasks import AGENTS, STATISTICS_IMAGES, Task, load_elastic, load_task, save_elastic
 from gan.training import Lessons, TrainingOptions, TrainingProgress, finetune
 
@@ -85,8 +87,8 @@ class Options:
     """New run folder; without it runs/TASK-ALGO-sSEED, numbered when that exists."""
     start: Literal["elastic", "dense"] = "elastic"
     """Score and finetune slices of elastic weights, or raw slices of the dense ones."""
-    reward: Literal["step", "final"] = "step"
-    """Pay the gain at every step, or at the end of the episode."""
+    reward: Literal["step", "final"] = "final"
+    """Pay the gain at the end of the episode, for one evaluation each, or at every step."""
     weights: Weights = field(default_factory=Weights)
     """Weights of the reward families."""
     epochs: int = 10
@@ -288,7 +290,11 @@ def search(
     """
     with watch.stage("scorer"):
         scorer = task.scorer(
-            options.cost, weights=weights, probe=sizes.probe, statistics_images=sizes.statistics
+            options.cost,
+            weights=weights,
+            probe=sizes.probe,
+            statistics_images=sizes.statistics,
+            surrogate=find_surrogate(options, sizes, task),
         )
     env = build_env(
         scorer,
@@ -332,6 +338,12 @@ def search(
     agent.save(folder.policy)
     best = pick(env, agent, folder)
     return best, env.uniform_plan(best.budgets)
+
+
+def find_surrogate(options: Options, sizes: Sizes, task: Task) -> Surrogate | None:
+    """Predictions of finetuned results, where those that come with the task hold."""
+    shipped = options.start == "elastic" and not options.warm_up and sizes.probe is None
+    return task.surrogate(options.cost, fixed_budgets(options.budget)) if shipped else None
 
 
 def pick(env: PruningEnv, agent: Agent, folder: RunFolder) -> Evaluation:

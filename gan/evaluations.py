@@ -28,6 +28,7 @@ FAMILIES: dict[str, str] = {
     "real_gap": "fidelity",
     "l1_gap": "fidelity",
     "feature_gap": "fidelity",
+    "recovery_gap": "recovery",
     "balance_gap": "balance",
 }
 """Reward term → family. Every gap is ≥ 0 and 0 for the dense pair."""

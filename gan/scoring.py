@@ -22,6 +22,7 @@ from gan.fidelity import KernelReference
 from gan.losses import paired_input
 from gan.norm_statistics import recompute_statistics
 from gan.plans import Plan
+from gan.surrogate import Surrogate, cautious
 
 FORMULAS = "2"
 """Raised whenever a gap's formula changes: scores of different formulas must not meet in one log."""
@@ -156,6 +157,7 @@ class Scorer:
         ranking: name of the channel ranking.
         cache: how many slices of each network are remembered.
         amp: run the slices in bfloat16 (1.9 times as fast where the processor knows it); gaps stay float64.
+        surrogate: predicts what finetuning makes of a plan; without one ``recovery_gap`` is 0 for every plan.
     """
 
     def __init__(
@@ -169,8 +171,9 @@ class Scorer:
         ranking: str = "l1",
         cache: int = 8,
         amp: bool = False,
+        surrogate: Surrogate | None = None,
     ) -> None:
-        self._amp = amp
+        self._amp, self._surrogate = amp, surrogate
         self._agents = {"generator": generator, "discriminator": discriminator}
         self.yardstick = yardstick
         self._ranking = ranking
@@ -209,6 +212,7 @@ class Scorer:
             "extractor": f"{yardstick.extractor.name} {yardstick.extractor.fingerprint}",
             "formulas": FORMULAS,
             "precision": "bfloat16" if amp else "float32",
+            "surrogate": "none" if surrogate is None else surrogate.fingerprint,
         }
 
     @property
@@ -247,7 +251,9 @@ class Scorer:
             with self._precision():
                 outputs = run_batched(network, self.yardstick.inputs).float()
             gaps, diagnostics = self.yardstick.generator_gaps(outputs)
-            self._made[widths] = Generated(outputs, self.yardstick.judge(outputs), gaps, diagnostics)
+            with self._precision():
+                judged = self.yardstick.judge(outputs).float()
+            self._made[widths] = Generated(outputs, judged, gaps, diagnostics)
             if len(self._made) > self._cache_size:
                 self._made.popitem(last=False)
         return self._made[widths]
@@ -271,4 +277,10 @@ class Scorer:
         critic, logits = self._critic(plan["discriminator"])
         with self._precision():
             balance = self.yardstick.balance_gap(made.outputs, critic, logits, made.judged)
-        return Scores({**made.gaps, "balance_gap": balance}, made.diagnostics)
+        gaps = {**made.gaps, "recovery_gap": 0.0, "balance_gap": balance}
+        if self._surrogate is None:
+            return Scores(gaps, made.diagnostics)
+        mean, deviation = self._surrogate.predict(plan, gaps)
+        gaps["recovery_gap"] = cautious(mean, deviation)
+        told = {"recovery_mean": mean, "recovery_deviation": deviation}
+        return Scores(gaps, {**made.diagnostics, **told})

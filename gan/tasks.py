@@ -17,6 +17,7 @@ from gan.data import PairedImages, embedded_pairs
 from gan.elastic import ElasticNetwork, order_channels
 from gan.errors import UserError, unknown
 from gan.features import load_extractor
+from gan.files import file_hash
 from gan.groups import ChannelGroup, find_groups
 from gan.latency import LatencyTable, measure_latency
 from gan.losses import paired_input
@@ -24,8 +25,9 @@ from gan.networks import Architecture
 from gan.norm_statistics import recompute_statistics
 from gan.plans import Plan
 from gan.runtime import bfloat16_pays
-from gan.scoring import PairAgent, Scorer, Yardstick, run_batched
+from gan.scoring import FORMULAS, PairAgent, Scorer, Yardstick, run_batched
 from gan.slicing import Slicer
+from gan.surrogate import Scope, Surrogate, load_surrogate
 
 Start = Literal["elastic", "dense"]
 AGENTS = ("generator", "discriminator")
@@ -53,6 +55,7 @@ class Task:
         train, val, test: pairs for training, for every choice, and for the final figures.
         multiples: agent → widths are multiples of it.
         elastic_path: elastic weights that come with the task, or None.
+        surrogate_path: predictions of finetuned results that come with them, or None.
         latency: agent → measured table of its latency, or None: then there is no cost ``latency`` yet.
     """
 
@@ -65,6 +68,7 @@ class Task:
     test: PairedImages
     multiples: Mapping[str, int]
     elastic_path: Path | None
+    surrogate_path: Path | None = None
     latency: Mapping[str, LatencyTable] | None = None
 
     @property
@@ -119,6 +123,22 @@ class Task:
             raise unknown("start", start, ("elastic", "dense"))
         return self.ordered() if start == "dense" else self.shipped_elastic()
 
+    def surrogate(self, cost: CostKind, budgets: Mapping[str, float]) -> Surrogate | None:
+        """The shipped predictions of finetuned results, where they hold; None elsewhere.
+
+        They hold for plans that are cut from the shipped elastic weights, at the budgets and with the gaps
+        that they were fitted with.
+
+        Args:
+            cost: what the budgets are a share of.
+            budgets: agent → keep ratio.
+        """
+        if self.surrogate_path is None or self.elastic_path is None:
+            return None
+        found = load_surrogate(self.surrogate_path)
+        scope = Scope(file_hash(self.elastic_path), cost, dict(budgets), found.scope.metric, FORMULAS)
+        return found if found.scope == scope else None
+
     def scorer(
         self,
         cost: CostKind = DEFAULT_COST,
@@ -127,6 +147,7 @@ class Task:
         weights: Mapping[str, ElasticNetwork] | None = None,
         probe: int | None = None,
         statistics_images: int = STATISTICS_IMAGES,
+        surrogate: Surrogate | None = None,
     ) -> Scorer:
         """A scorer on the val images.
 
@@ -136,6 +157,7 @@ class Task:
             weights: agent → elastic weights.
             probe: number of val images; all of them by default.
             statistics_images: train images on which every slice's BatchNorm statistics are recomputed.
+            surrogate: what the ``recovery_gap`` is read from; see :meth:`surrogate`.
         """
         if cost not in get_args(CostKind):
             raise unknown("cost", cost, get_args(CostKind))
@@ -161,6 +183,7 @@ class Task:
             cost_kind=cost,
             ranking="l1",
             amp=bfloat16_pays(self.device),
+            surrogate=surrogate,
         )
 
     def cut(self, weights: Mapping[str, ElasticNetwork], plan: Plan) -> tuple[nn.Module, nn.Module]:
@@ -203,7 +226,19 @@ def load_task(name: str = "edges2emoji", device: str = "cpu") -> Task:
         groups[agent] = find_groups(network, [example])
     elastic = folder / "elastic.safetensors"
     found = elastic if elastic.is_file() else None
-    return Task(name, networks, architectures, groups, train, val, test, MULTIPLES, found)
+    surrogate = folder / "surrogate.json"
+    return Task(
+        name,
+        networks,
+        architectures,
+        groups,
+        train,
+        val,
+        test,
+        MULTIPLES,
+        found,
+        surrogate if surrogate.is_file() else None,
+    )
 
 
 def save_elastic(path: Path, weights: Mapping[str, ElasticNetwork], task: Task) -> Path:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import sys
 import types
-from typing import Any
+from typing import Any, ClassVar
 
 import gymnasium
 import numpy as np
@@ -22,6 +22,11 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     asked: list[Any] = []
 
     class Task:
+        networks: ClassVar = {"generator": None, "discriminator": None}
+
+        def surrogate(self, cost: str, budgets: dict[str, float]) -> str:
+            return f"surrogate for {cost} {budgets}"
+
         def scorer(self, **options: Any) -> ToyScorer:
             asked.append(options)
             return toy_scorer()
@@ -41,9 +46,14 @@ def test_make_env_hands_its_options_on(asked: list[Any], tmp_path) -> None:
     env = envs.make_env(
         "pairs", budget="0.2", cost="params", start="dense", evaluations=7, log=log, reward="final"
     )
-    assert asked == ["pairs", {"cost": "params", "start": "dense"}]
+    assert asked == ["pairs", {"cost": "params", "start": "dense", "surrogate": None}]
     assert env.budgets == {"generator": Budget(0.2, 0.2), "discriminator": Budget(0.5, 0.5)}
     assert (env.scorer.limit, env.scorer.log, env.reward) == (7, log, "final")
+
+
+def test_make_env_asks_for_predictions_at_its_fixed_budgets(asked: list[Any]) -> None:
+    envs.make_env("pairs", budget="generator=0.2,discriminator=0.3:0.4", cost="macs")
+    assert asked[1]["surrogate"] == "surrogate for macs {'generator': 0.2}"
 
 
 @pytest.mark.parametrize(

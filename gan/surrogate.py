@@ -1,0 +1,237 @@
+"""A surrogate of finetuning: what plans that were finetuned say about plans that were not.
+
+Scores before finetuning see what a plan can do now, not what it can learn. A few dozen plans of one budget
+that were finetuned for real (``experiments/calibrate.py``) are enough for a Gaussian process to tell which
+shapes recover. It sees the widths of both networks; gaps can be added, and did not help where it was tried.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from gan.errors import UserError
+from gan.files import write_json
+from gan.plans import Plan
+from gan.runtime import require
+
+FORMAT = 1
+"""Raised when the file changes."""
+CAUTION = 0.5
+"""Standard deviations that are added to a prediction: a search must not be drawn to what nobody has tried."""
+FEWEST = 8
+"""Finetuned plans below which nothing is fitted."""
+FLOOR = 1e-4
+"""Gaps below it count as it: their logarithm is taken."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """A plan whose end is known.
+
+    Attributes:
+        plan: its widths.
+        gaps: of the plan before finetuning, by term.
+        metric: what finetuning made of it, > 0, lower is better; averaged over the seeds.
+    """
+
+    plan: Plan
+    gaps: Mapping[str, float]
+    metric: float
+
+
+@dataclass(frozen=True)
+class Scope:
+    """What the examples have in common: a surrogate says nothing about other plans.
+
+    Attributes:
+        weights: hash of the file of elastic weights that the plans were cut from.
+        cost: what the budgets are a share of.
+        budgets: agent → keep ratio.
+        metric: name of the figure, with its extractor.
+        formulas: version of the gaps.
+    """
+
+    weights: str
+    cost: str
+    budgets: Mapping[str, float]
+    metric: str
+    formulas: str
+
+
+def cautious(mean: float, deviation: float) -> float:
+    """Gap of a prediction, ≥ 0: mean plus ``CAUTION`` deviations of the log ratio; 0.1 is 10 % worse."""
+    return max(0.0, mean + CAUTION * deviation)
+
+
+class Surrogate:
+    """Predicts the finetuned metric of a plan, as a log ratio to the dense pair's.
+
+    A Gaussian process (scikit-learn) with a squared exponential and a linear kernel on the standardised log
+    keep ratios of all groups and log gaps.
+
+    Args:
+        examples: plans that were finetuned, at least ``FEWEST``.
+        dense: the metric of the dense pair, > 0.
+        channels: agent → dense widths of its groups.
+        terms: gaps that the process sees, in this order.
+        scope: what the examples have in common.
+        theta: log hyperparameters of the kernel; without them they are fitted to the marginal likelihood.
+
+    Raises:
+        UserError: too few examples, or a metric that is no positive number.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        dense: float,
+        channels: Mapping[str, Sequence[int]],
+        terms: Sequence[str],
+        scope: Scope,
+        theta: Sequence[float] | None = None,
+    ) -> None:
+        if len(examples) < FEWEST:
+            raise UserError(
+                f"a surrogate needs {FEWEST} finetuned plans or more; got {len(examples)}: finetune more"
+            )
+        values = [dense, *(example.metric for example in examples)]
+        if not all(math.isfinite(value) and value > 0 for value in values):
+            raise UserError(f"a surrogate predicts the log of a metric, which must be above 0; got {values}")
+        self.examples, self.dense, self.terms, self.scope = tuple(examples), dense, tuple(terms), scope
+        self.channels = {agent: tuple(widths) for agent, widths in channels.items()}
+        self._inputs = np.array([self._features(example.plan, example.gaps) for example in examples])
+        self._answers = np.array([math.log(example.metric / dense) for example in examples])
+        self._centre = self._inputs.mean(axis=0)
+        self._unit = np.maximum(self._inputs.std(axis=0), 1e-6)
+        self._process = self._fit(np.ones(len(examples), dtype=bool), theta)
+        self.theta = tuple(float(value) for value in self._process.kernel_.theta)
+
+    def _features(self, plan: Plan, gaps: Mapping[str, float]) -> NDArray[np.float64]:
+        """(groups + terms,) log keep ratios of all networks and log gaps."""
+        ratios = [
+            width / channels
+            for agent, dense in self.channels.items()
+            for width, channels in zip(plan[agent], dense, strict=True)
+        ]
+        return np.log([*ratios, *(max(gaps[term], FLOOR) for term in self.terms)])
+
+    def _fit(self, rows: NDArray[np.bool_], theta: Sequence[float] | None) -> Any:
+        processes = require("sklearn.gaussian_process")
+        kernels = require("sklearn.gaussian_process.kernels")
+        kernel = (
+            kernels.ConstantKernel(1.0) * kernels.RBF(2.0)
+            + kernels.ConstantKernel(0.1) * kernels.DotProduct(1.0, "fixed")
+            + kernels.WhiteKernel(0.05, (1e-3, 1.0))
+        )
+        optimizer = "fmin_l_bfgs_b"
+        if theta is not None:
+            kernel, optimizer = kernel.clone_with_theta(np.array(theta)), None
+        process = processes.GaussianProcessRegressor(kernel, optimizer=optimizer, normalize_y=True)
+        with warnings.catch_warnings():  # hyperparameters at their bounds are no reason to worry a user
+            warnings.simplefilter("ignore")
+            return process.fit((self._inputs[rows] - self._centre) / self._unit, self._answers[rows])
+
+    def predict(self, plan: Plan, gaps: Mapping[str, float]) -> tuple[float, float]:
+        """Mean and standard deviation of the log of the finetuned metric over the dense pair's.
+
+        Args:
+            plan: of the scope.
+            gaps: of the plan before finetuning; those in ``terms`` are read.
+        """
+        inputs = (self._features(plan, gaps) - self._centre) / self._unit
+        mean, deviation = self._process.predict(inputs[None], return_std=True)
+        return float(mean[0]), float(deviation[0])
+
+    def gap(self, plan: Plan, gaps: Mapping[str, float]) -> float:
+        """Cautious prediction of how much worse than the dense pair the finetuned plan is, ≥ 0.
+
+        See :func:`cautious`.
+        """
+        return cautious(*self.predict(plan, gaps))
+
+    def leave_one_out(self) -> list[tuple[float, float]]:
+        """What the process says of each example when it has not seen it; hyperparameters are kept."""
+        found = []
+        for place, example in enumerate(self.examples):
+            others = np.arange(len(self.examples)) != place
+            kept = self._process
+            self._process = self._fit(others, self.theta)
+            found.append(self.predict(example.plan, example.gaps))
+            self._process = kept
+        return found
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes when a prediction may change."""
+        return hashlib.sha256(json.dumps(self.to_dict(), sort_keys=True).encode()).hexdigest()[:16]
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready form; :meth:`from_dict` reads it back."""
+        scope = self.scope
+        return {
+            "format": FORMAT,
+            "scope": {
+                "weights": scope.weights,
+                "cost": scope.cost,
+                "budgets": dict(scope.budgets),
+                "metric": scope.metric,
+                "formulas": scope.formulas,
+            },
+            "dense": self.dense,
+            "channels": {agent: list(widths) for agent, widths in self.channels.items()},
+            "terms": list(self.terms),
+            "theta": list(self.theta),
+            "examples": [
+                {
+                    "plan": example.plan.to_dict(),
+                    "gaps": {term: example.gaps[term] for term in self.terms},
+                    "metric": example.metric,
+                }
+                for example in self.examples
+            ],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Surrogate:
+        """Read :meth:`to_dict` back."""
+        examples = [
+            Example(Plan.from_dict(entry["plan"]), dict(entry["gaps"]), float(entry["metric"]))
+            for entry in data["examples"]
+        ]
+        return cls(
+            examples, data["dense"], data["channels"], data["terms"], Scope(**data["scope"]), data["theta"]
+        )
+
+    def save(self, path: Path) -> Path:
+        """Write it as JSON: the examples themselves, no pickle."""
+        write_json(path, self.to_dict())
+        return path
+
+
+def load_surrogate(path: Path) -> Surrogate:
+    """Read :meth:`Surrogate.save` back.
+
+    Raises:
+        UserError: missing or damaged file, or one of another format.
+    """
+    if not path.is_file():
+        raise UserError(f"there is no surrogate at {path}; make one with experiments/calibrate.py")
+    try:
+        data = json.loads(path.read_text())
+        if data["format"] != FORMAT:
+            raise ValueError(f"format {data['format']}, not {FORMAT}")
+        return Surrogate.from_dict(data)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"the surrogate {path} is damaged ({error}); make it again with experiments/calibrate.py"
+        ) from error

@@ -1,0 +1,123 @@
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gan.errors import UserError
+from gan.plans import Plan
+from gan.surrogate import CAUTION, Example, Scope, Surrogate, cautious, load_surrogate
+
+CHANNELS = {"generator": (32, 64, 32), "discriminator": (16, 16)}
+SCOPE = Scope("0123", "params", {"generator": 0.1, "discriminator": 0.5}, "kid", "2")
+TERMS = ("crowd_gap", "l1_gap")
+
+
+def plan_of(*widths: int) -> Plan:
+    return Plan.of({"generator": widths, "discriminator": (8, 8)}, "l1")
+
+
+def truth(plan: Plan, gaps: dict[str, float]) -> float:
+    """Twice the dense metric of 0.3 at a quarter of the first group's channels; the second is no matter."""
+    return 0.3 * (plan["generator"][0] / 32) ** -0.5 * (1 + gaps["l1_gap"])
+
+
+def examples(count: int, seed: int = 0) -> list[Example]:
+    rng = np.random.default_rng(seed)
+    rows = []
+    for _ in range(count):
+        plan = plan_of(*(int(w) for w in rng.integers(4, 33, 3)))
+        gaps = {"crowd_gap": float(rng.uniform(0.01, 0.2)), "l1_gap": float(rng.uniform(0.1, 0.3))}
+        rows.append(Example(plan, gaps, truth(plan, gaps)))
+    return rows
+
+
+@pytest.fixture(scope="module")
+def surrogate() -> Surrogate:
+    return Surrogate(examples(30), 0.3, CHANNELS, TERMS, SCOPE)
+
+
+def test_it_learns_what_the_examples_follow(surrogate):
+    unseen = examples(40, seed=1)
+    wanted = np.log([example.metric / 0.3 for example in unseen])
+    found = np.array([surrogate.predict(example.plan, example.gaps)[0] for example in unseen])
+    assert np.abs(found - wanted).max() < 0.1
+    assert np.corrcoef(found, wanted)[0, 1] > 0.99
+
+
+def test_it_is_less_sure_far_from_its_examples(surrogate):
+    gaps = {"crowd_gap": 0.1, "l1_gap": 0.2}
+    near, far = (surrogate.predict(plan, gaps)[1] for plan in (plan_of(16, 16, 16), plan_of(1, 64, 1)))
+    assert 0 < near < far
+
+
+def test_the_gap_is_cautious_and_never_negative(surrogate):
+    example = surrogate.examples[0]
+    mean, deviation = surrogate.predict(example.plan, example.gaps)
+    assert surrogate.gap(example.plan, example.gaps) == pytest.approx(max(0.0, mean + CAUTION * deviation))
+    assert cautious(-3.0, 0.1) == 0.0
+
+
+def test_leaving_one_out_is_a_prediction_without_that_example(surrogate):
+    found = surrogate.leave_one_out()[4]
+    rest = [example for place, example in enumerate(surrogate.examples) if place != 4]
+    without = Surrogate(rest, 0.3, CHANNELS, TERMS, SCOPE, theta=surrogate.theta)
+    left = surrogate.examples[4]
+    # the units of the inputs differ by one example's share
+    assert found == pytest.approx(without.predict(left.plan, left.gaps), abs=0.02)
+    assert found != surrogate.predict(left.plan, left.gaps)
+    assert surrogate.leave_one_out()[4] == found  # nothing was left changed
+
+
+def test_it_comes_back_from_its_file_with_the_same_predictions(surrogate, tmp_path: Path):
+    read = load_surrogate(surrogate.save(tmp_path / "surrogate.json"))
+    assert read.scope == SCOPE
+    assert read.fingerprint == surrogate.fingerprint
+    for example in examples(5, seed=2):
+        assert read.predict(example.plan, example.gaps) == pytest.approx(
+            surrogate.predict(example.plan, example.gaps), rel=1e-9
+        )
+
+
+def test_its_fingerprint_sees_the_examples(surrogate):
+    first = surrogate.examples[0]
+    other = Surrogate(
+        [replace(first, metric=first.metric * 1.1), *surrogate.examples[1:]],
+        0.3,
+        CHANNELS,
+        TERMS,
+        SCOPE,
+        surrogate.theta,
+    )
+    assert other.fingerprint != surrogate.fingerprint
+
+
+def test_too_few_examples_and_useless_metrics_are_refused():
+    with pytest.raises(UserError, match="8 finetuned plans or more; got 5"):
+        Surrogate(examples(5), 0.3, CHANNELS, TERMS, SCOPE)
+    for bad in (0.0, -0.1, math.nan):
+        rows = examples(9)
+        with pytest.raises(UserError, match="above 0"):
+            Surrogate([replace(rows[0], metric=bad), *rows[1:]], 0.3, CHANNELS, TERMS, SCOPE)
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", '{"format": 1}', '{"format": 99}'])
+def test_damaged_files_are_refused_in_a_sentence(damage, tmp_path: Path):
+    path = tmp_path / "surrogate.json"
+    with pytest.raises(UserError, match="there is no surrogate"):
+        load_surrogate(path)
+    path.write_text(damage)
+    with pytest.raises(UserError, match="damaged"):
+        load_surrogate(path)
+
+
+def test_a_missing_gap_in_the_file_is_damage(surrogate, tmp_path: Path):
+    content = surrogate.to_dict()
+    del content["examples"][3]["gaps"]["l1_gap"]
+    (tmp_path / "s.json").write_text(json.dumps(content))
+    with pytest.raises(UserError, match="damaged"):
+        load_surrogate(tmp_path / "s.json")
