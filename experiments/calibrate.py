@@ -350,9 +350,9 @@ def work(options: Options, folder: StudyFolder, watch: Watch) -> None:
             images = task.val if sizes.judged is None else task.val.take(sizes.judged)
             pair = (task.networks["generator"], task.networks["discriminator"])
             row = Judge.build(*pair, images, load_extractor(device=task.device)).row(*pair)
-            weights = task.elastic_path if options.elastic == "elastic" else Path(options.elastic)
-            cut = "dense" if options.elastic == "dense" or weights is None else file_hash(weights)
-            write_json(folder.dense, plain({"row": row, "weights": cut}))
+            file = task.elastic_path if options.elastic == "elastic" else Path(options.elastic)
+            cut_from = "dense" if options.elastic == "dense" or file is None else file_hash(file)
+            write_json(folder.dense, plain({"row": row, "weights": cut_from}))
     trials = trials_of(plans, sizes.seeds)
     with watch.stage("finetune", len(trials)) as stage:
         done = 0

@@ -133,7 +133,7 @@ class Surrogate:
             + kernels.ConstantKernel(0.1) * kernels.DotProduct(1.0, "fixed")
             + kernels.WhiteKernel(0.05, (1e-3, 1.0))
         )
-        optimizer = "fmin_l_bfgs_b"
+        optimizer: str | None = "fmin_l_bfgs_b"
         if theta is not None:
             kernel, optimizer = kernel.clone_with_theta(np.array(theta)), None
         process = processes.GaussianProcessRegressor(kernel, optimizer=optimizer, normalize_y=True)
