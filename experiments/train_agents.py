@@ -81,7 +81,7 @@ class Options:
     """Share of the cost to keep: [agent=]LOW[:HIGH],…; a bare number is the generator's."""
     cost: Literal["macs", "params", "latency"] = "params"
     """What the budget is a share of; latency is measured, for one image on one thread."""
-    evaluations: int = 600
+    evaluations: int = 300
     """Plans that the search may score."""
     output: Path | None = None
     """New run folder; without it runs/TASK-ALGO-sSEED, numbered when that exists."""

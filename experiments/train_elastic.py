@@ -33,7 +33,7 @@ class Options:
     """Task name."""
     budget: str = "generator=0.05,discriminator=0.25"
     """Lowest budgets that plans will be asked for: [agent=]LOW,…"""
-    cost: Literal["macs", "params"] = "params"
+    cost: Literal["macs", "params"] = "macs"
     """What these are a share of."""
     warm_up: ElasticOptions = field(default_factory=lambda: ElasticOptions(steps=2500))
     """Options of the warm-up."""

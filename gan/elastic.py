@@ -74,10 +74,10 @@ class ElasticOptions:
     """Decay per step of the averaged weights, which are the result."""
     spread: float = 0.4
     """Standard deviation of a random width's log ratio around the plan's base ratio, group by group."""
-    tilt: float = 0.7
+    tilt: float = 0.0
     """The same for smooth profiles along the depth: narrow bottlenecks, wide ends, and the reverse."""
-    largest: float = 0.6
-    """Largest base ratio of a random plan. Nobody searches near the dense network, and it costs most."""
+    largest: float = 1.0
+    """Largest base ratio of a random plan."""
     adversarial: float = 0.0
     """Weight of fooling a critic that learns to tell the elastic outputs from the dense ones."""
     shift: int = 8
@@ -106,10 +106,11 @@ def random_widths(
     lowest = math.log(float(ratios.mean()))
     highest = max(lowest, math.log(options.largest))
     base = highest + (lowest - highest) * float(torch.rand((), generator=random, dtype=torch.float64))
-    depth = (torch.arange(len(dense), dtype=torch.float64) + 0.5) * (math.pi / len(dense))
-    amplitudes = torch.randn(2, generator=random, dtype=torch.float64) * options.tilt
-    profile = amplitudes[0] * depth.cos() + amplitudes[1] * (2 * depth).cos()
-    noise = profile + torch.randn(len(dense), generator=random, dtype=torch.float64) * options.spread
+    noise = torch.randn(len(dense), generator=random, dtype=torch.float64) * options.spread
+    if options.tilt > 0:
+        depth = (torch.arange(len(dense), dtype=torch.float64) + 0.5) * (math.pi / len(dense))
+        amplitudes = torch.randn(2, generator=random, dtype=torch.float64) * options.tilt
+        noise += amplitudes[0] * depth.cos() + amplitudes[1] * (2 * depth).cos()
     widths = []
     for channels, ratio in zip(dense, torch.exp(base + noise).tolist(), strict=True):
         width = multiple * max(1, round(ratio * channels / multiple))
@@ -234,10 +235,8 @@ def train_elastic(
         optimizers[0].zero_grad(set_to_none=True)
         total = 0.0
         made = inputs
-        draws = [random_widths(dense_widths[0], multiples[0], smallest[0], options, random) for _ in range(2)]
-        if step % 2:  # the sandwich's largest slice; it costs most, so only every other step
-            draws[0] = dense_widths[0]
-        for widths in (draws[0], tuple(smallest[0]), draws[1]):
+        draw = random_widths(dense_widths[0], multiples[0], smallest[0], options, random)
+        for widths in (dense_widths[0], tuple(smallest[0]), draw):
             with amp():
                 made = networks[0].slicer.run(weights[0], widths, inputs, training=True).float()
             loss = output_distillation(made, lesson)

@@ -86,9 +86,9 @@ def test_budgets_are_of_the_default_cost() -> None:
         ("--epochs 0", "--epochs is 0"),
         ("--workers 0", "--workers is 0"),
         ("--budget 0.1:0.5", "is a range"),
-        ("--shares 0.0000001", "cannot be reached"),
-        ("--shares 2", "at most 1"),
-        ("--found nowhere", "nowhere does not exist"),
+        ("--shares 0.0000001 --budget 0.3", "cannot be reached"),
+        ("--shares 2 --budget 0.3", "at most 1"),
+        ("--found nowhere --budget 0.3", "nowhere does not exist"),
         ("--resume nowhere", "nowhere does not exist"),
     ],
 )

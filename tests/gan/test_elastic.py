@@ -13,6 +13,7 @@ from torch import Tensor
 from gan.checkpoints import state_hash, tensors_hash
 from gan.data import PairedImages, to_uint8
 from gan.elastic import (
+    Adversary,
     ElasticNetwork,
     ElasticOptions,
     order_channels,
@@ -127,6 +128,31 @@ def test_the_warm_up_depends_on_its_seed_alone(pair):
     assert [tensors_hash(e.tensors) for e in first] == [tensors_hash(e.tensors) for e in again]
     for one, two in zip(first, other, strict=True):
         assert tensors_hash(one.tensors) != tensors_hash(two.tensors)
+
+
+def test_an_adversary_changes_the_generator_and_neither_teacher(pair):
+    before = [state_hash(network) for network in (pair.generator, pair.discriminator)]
+    plain, fought = (train(pair, replace(OPTIONS, steps=3, adversarial=weight)) for weight in (0.0, 0.5))
+    assert [state_hash(network) for network in (pair.generator, pair.discriminator)] == before
+    assert tensors_hash(plain[0].tensors) != tensors_hash(fought[0].tensors)
+    assert all(bool(tensor.isfinite().all()) for tensor in fought[0].tensors.values())
+
+
+def test_the_adversary_learns_to_tell_made_from_dense(pair):
+    """And being fooled grows less likely: its loss as the generator's rises while it learns."""
+    inputs, lesson = tiny_pairs(12, seed=1).tensors()
+    made = lesson.roll(1, dims=0)
+    adversary = Adversary(pair.ordered()["discriminator"].network((8, 12)), OPTIONS)
+    before = float(adversary.fooled(inputs, made).detach())
+    for _ in range(30):
+        adversary.learn(inputs, lesson, made)
+    assert float(adversary.fooled(inputs, made).detach()) > before
+    made.requires_grad_()
+    adversary.fooled(inputs, made).backward()
+    assert float(made.grad.abs().sum()) > 0
+    assert all(
+        parameter.grad is None or not parameter.requires_grad for parameter in adversary.network.parameters()
+    )
 
 
 def test_every_step_is_told(pair):

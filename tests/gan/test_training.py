@@ -16,7 +16,15 @@ from gan.checkpoints import state_hash, tensors_hash
 from gan.data import PairedImages
 from gan.errors import UserError
 from gan.networks import ResnetGenerator
-from gan.training import FINETUNING, PairedTrainer, TrainingOptions, TrainingProgress, colour_jitter, finetune
+from gan.training import (
+    FINETUNING,
+    Lessons,
+    PairedTrainer,
+    TrainingOptions,
+    TrainingProgress,
+    colour_jitter,
+    finetune,
+)
 from tests.gan.conftest import random, tiny_discriminator, tiny_generator, tiny_pairs
 
 OPTIONS = TrainingOptions(epochs=4, batch_size=4, learning_rate=2e-3, shift=1)
@@ -231,6 +239,62 @@ def test_finetuning_depends_on_its_seed_alone():
     )
     assert first == again
     assert first != other
+
+
+class Counted(torch.nn.Module):
+    """A teacher that counts how often it is asked."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked = 0
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        self.asked += 1
+        return inputs / 3
+
+
+def test_lessons_are_remembered_by_step_and_images():
+    teacher = Counted()
+    lessons = Lessons(teacher, limit=2)
+    first, second = (torch.rand(4, 3, 8, 8, generator=random(seed)) for seed in (0, 1))
+    told = lessons(0, first)
+    torch.testing.assert_close(told, first / 3, atol=1e-3, rtol=0)  # kept as float16
+    assert torch.equal(lessons(0, first), told)
+    assert teacher.asked == 1
+    torch.testing.assert_close(lessons(0, second), second / 3, atol=1e-3, rtol=0)  # other images, new answer
+    assert teacher.asked == 2
+    lessons(1, first)
+    lessons(2, first)  # beyond the limit
+    lessons(2, first)
+    assert teacher.asked == 5
+    lessons(1, first)
+    assert teacher.asked == 5
+
+
+def test_finetunings_that_share_lessons_ask_the_teacher_once():
+    teacher, pairs = Counted(), tiny_pairs(12)
+    lessons, options = Lessons(teacher), replace(FINETUNING, epochs=2, batch_size=6)
+    results = [
+        state_hash(finetune(tiny_generator(), tiny_discriminator(), lessons, pairs, options)[0])
+        for _ in range(2)
+    ]
+    assert results[0] == results[1]
+    assert teacher.asked == 4  # two epochs of two batches, once
+
+
+def test_finetuning_in_bfloat16_stays_near_float32():
+    arguments = (tiny_generator(), tiny_discriminator(), tiny_generator(3), tiny_pairs(12))
+    inputs = arguments[3].tensors()[0]
+    exact, rounded = (
+        finetune(*arguments, replace(FINETUNING, epochs=3, amp=amp))[0] for amp in (False, True)
+    )
+    for network in (exact, rounded):
+        assert all(value.dtype == torch.float32 for value in network.parameters())
+        assert all(value.is_contiguous() for value in network.parameters())
+    with torch.no_grad():
+        start = (arguments[0](inputs) - exact(inputs)).abs().mean()
+        difference = (exact(inputs) - rounded(inputs)).abs().mean()
+    assert 0 < float(difference) < 0.3 * float(start)
 
 
 def test_colour_jitter_by_hand():
