@@ -553,7 +553,7 @@ def fit_surrogate(
         Example(named.plan, known[named.plan.key].gaps, statistics.fmean(one.row[KID] for one in row))
         for named, row in zip(plans, results, strict=True)
     ]
-    scope = Scope(dense["weights"], options.cost, budgets, KID, str(header["formulas"]))
+    scope = Scope(dense["weights"], options.cost, budgets, KID, str(header.get("formulas", "")))
     channels = {agent: network.channels.tolist() for agent, network in networks.items()}
     return Surrogate(examples, dense["row"][KID], channels, SEEN, scope)
 
@@ -612,7 +612,8 @@ def scored_columns(
     columns = [total(options.weights, "total", "total score")]
     for family, weight in asdict(options.weights).items():
         rest = {**asdict(options.weights), family: 0.0}
-        if weight > 0 and any(rest.values()):
+        known = family != "recovery" or surrogate is not None
+        if weight > 0 and known and any(rest.values()):
             label = f"total without {family}"
             columns.append(total(Weights(**rest), label, label))
     for term in gaps[0]:

@@ -34,7 +34,7 @@ class Options:
     """Run folders."""
     output: Path
     """File to write: .png, .pdf or .svg."""
-    window: int = 200
+    window: int = 30
     """Evaluations of the moving average."""
 
 

@@ -412,7 +412,9 @@ def draw(
     if folder.metrics.exists():
         options = read_options(folder, Options)
         label = f"{options.algo}, seed {options.seed}"
-        save_figure(curves([Series(label, (read_metrics(folder),))], title=options.task), folder.curves)
+        window = max(10, Sizes.of(options).evaluations // 10)
+        series = [Series(label, (read_metrics(folder),))]
+        save_figure(curves(series, window, title=options.task), folder.curves)
     networks = [NetworkWidths.of(agent, task.groups[agent], uniform[agent], best[agent]) for agent in AGENTS]
     save_figure(widths(networks, title=f"{task.name}: channels kept"), folder.widths)
     shown = test.take(8)

@@ -15,7 +15,7 @@ from envs.records import Episode, Evaluation
 from envs.rewards import Weights
 from envs.toy import toy_env
 from gan.errors import UserError
-from gan.evaluations import CountedScorer
+from gan.evaluations import FAMILIES, CountedScorer
 from gan.plans import Plan
 from tests.envs.conftest import FakeScorer, MakeEnv, run_episode
 
@@ -209,7 +209,7 @@ def test_final_mode_hides_scores_until_the_end(make: MakeEnv) -> None:
 def test_step_mode_tells_the_agents_what_the_joint_step_did(make: MakeEnv) -> None:
     env = make()
     record = run_episode(env, np.random.default_rng(0))
-    fields = slice(-7, None)
+    fields = slice(-len(FAMILIES), None)
     before, after = record[2][4]["generator"]["scores"], record[3][4]["generator"]["scores"]
     changes = np.clip([after[term] - before[term] for term in after], -2, 2)
     for agent in env.possible_agents:
@@ -331,8 +331,8 @@ def test_episode_rows(make: MakeEnv) -> None:
     assert [episode.episode for episode in notes.episodes] == [1, 2]
     episode, row = notes.episodes[-1], notes.episodes[-1].row()
     assert json.loads(json.dumps(row)) == row
-    assert row["return"] == pytest.approx(row["density"] + row["fidelity"] + row["balance"])
-    assert row["mmd_gap.reward"] == pytest.approx(0.5 * row["mmd_gap.score"])
+    assert row["return"] == pytest.approx(row["density"] + row["fidelity"] + row["balance"] + row["recovery"])
+    assert row["mmd_gap.reward"] == pytest.approx(row["mmd_gap.score"])
     assert row["generator.budget"] == 0.3
     assert 0.7 <= row["generator.sparsity"] < 0.75
     assert row["generator.sparsity"] == pytest.approx(1 - 0.3 * (1 - row["generator.unused"]))
@@ -342,7 +342,7 @@ def test_episode_rows(make: MakeEnv) -> None:
 
 
 def test_weights_weigh(make: MakeEnv) -> None:
-    balance_only = make(weights=Weights(0.0, 0.0, 1.0))
+    balance_only = make(weights=Weights(0.0, 0.0, 1.0, 0.0))
     run_episode(balance_only, np.random.default_rng(0))
     evaluation = balance_only.evaluate(balance_only.plan, counted=False)
     assert evaluation.potential == evaluation.term_scores["balance_gap"]

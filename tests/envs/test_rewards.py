@@ -21,10 +21,12 @@ def test_scores_by_hand() -> None:
 
 def test_potential_by_hand() -> None:
     scores = {"mmd_gap": 2.0, "l1_gap": -1.0, "real_gap": 3.0, "crowd_gap": 4.0, "balance_gap": -5.0}
-    weights = Weights(density=0.2, fidelity=1.0, balance=0.1)
-    rewards = {"mmd_gap": 1.0, "l1_gap": -0.5, "real_gap": 0.0, "crowd_gap": 0.4, "balance_gap": -0.5}
+    scores["recovery_gap"] = 0.5
+    weights = Weights(density=0.2, fidelity=1.0, balance=0.1, recovery=2.0)
+    rewards = {"mmd_gap": 2.0, "l1_gap": 0.0, "real_gap": 0.0, "crowd_gap": 0.4, "balance_gap": -0.5}
+    rewards["recovery_gap"] = 1.0
     assert term_rewards(scores, weights) == pytest.approx(rewards)
-    assert potential(scores, weights) == pytest.approx(0.4)
+    assert potential(scores, weights) == pytest.approx(2.9)
     assert potential({}, weights) == 0.0
 
 
@@ -64,8 +66,8 @@ def test_spread_by_hand_and_floors() -> None:
     assert robust_spread([0, 0, 0], 0.0) == 1e-6
 
 
-@pytest.mark.parametrize("values", [(-0.1, 1, 1), (math.nan, 1, 1), (math.inf, 1, 1), (0, 0, 0)])
-def test_weights_are_checked(values: tuple[float, float, float]) -> None:
+@pytest.mark.parametrize("values", [(-0.1, 1, 1, 1), (math.nan, 1, 1, 1), (1, 1, 1, math.inf), (0, 0, 0, 0)])
+def test_weights_are_checked(values: tuple[float, float, float, float]) -> None:
     with pytest.raises(UserError, match="at least 0"):
         Weights(*values)
 

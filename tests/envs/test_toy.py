@@ -29,7 +29,7 @@ def test_optimum_is_feasible_best_and_away_from_uniform() -> None:
         ratio = np.array(best.plan[agent]) / np.array(env.uniform_plan()[agent])
         assert ratio.max() > 1.2
         assert ratio.min() < 0.8
-    assert best.potential > 1.5
+    assert best.potential > 1.4
     assert max(best.term_scores.values()) < 5  # not clipped: a better plan always scores more
     rng = np.random.default_rng(0)
     for _ in range(300):

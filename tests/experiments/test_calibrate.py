@@ -21,7 +21,9 @@ from experiments.runs import read_json
 from experiments.trials import Trial, TrialLog, TrialResult
 from gan.errors import UserError
 from gan.evaluations import FAMILIES, CountedScorer, EvaluationLog, Scores
+from gan.files import write_json
 from gan.plans import Plan
+from gan.surrogate import cautious, load_surrogate
 from gan.tasks import Task
 from tests.gan.conftest import Pair, _pair, pair, task
 
@@ -84,7 +86,9 @@ def test_a_report_finds_what_predicts(study: tuple[Options, StudyFolder]) -> Non
     found = json.loads(folder.calibration.read_text())
     predictors = {row["name"]: row for row in found["predictors"]}
     totals = {"total", *(f"total without {family}" for family in ("density", "fidelity", "balance"))}
-    assert set(predictors) == {*FAMILIES, *totals, f"raw {KID}", f"raw {L1}"}
+    gaps = set(FAMILIES) - {"recovery_gap"}  # nothing is predicted without the dense pair's figures
+    assert set(predictors) == {*gaps, *totals, f"raw {KID}", f"raw {L1}"}
+    assert not folder.surrogate.exists()
     best = predictors["mmd_gap"]
     for where in ("all", "better_half"):
         assert best[KID][where]["tau"] == pytest.approx({"value": 1, "low": 1, "high": 1})
@@ -106,11 +110,29 @@ def test_a_report_finds_what_predicts(study: tuple[Options, StudyFolder]) -> Non
         assert figure.width > 500
 
 
+def test_finished_plans_become_a_surrogate(study: tuple[Options, StudyFolder]) -> None:
+    """Each plan is predicted by the others, and the file predicts what it has not seen."""
+    options, folder = study
+    write_results(folder, trials_of(calibrate.read_plans(folder), 2))
+    write_json(folder.dense, {"row": {KID: 0.2}, "weights": "0123"})
+    report(options, folder, Console(quiet=True))
+    found = json.loads(folder.calibration.read_text())
+    predictors = {row["name"]: row for row in found["predictors"]}
+    assert {"recovery_gap", "total without recovery"} <= set(predictors)
+    surrogate = load_surrogate(folder.surrogate)
+    assert (surrogate.scope.weights, surrogate.scope.cost) == ("0123", "params")
+    assert dict(surrogate.scope.budgets) == {"generator": 0.6, "discriminator": 0.6}
+    assert len(surrogate.examples) == 8
+    unseen = [cautious(*prediction) for prediction in surrogate.leave_one_out()]
+    shown = [row["predictors"]["default/recovery_gap"] for row in found["plans"]]
+    assert shown == pytest.approx(unseen)
+
+
 def test_weights_change_the_total_and_nothing_else(study: tuple[Options, StudyFolder]) -> None:
     options, folder = study
     write_results(folder, trials_of(calibrate.read_plans(folder), 2))
     taus = {}
-    for weights in (Weights(), Weights(density=0.0, fidelity=0.0, balance=1.0)):
+    for weights in (Weights(), Weights(density=0.0, fidelity=0.0, balance=1.0, recovery=0.0)):
         report(replace(options, weights=weights), folder, Console(quiet=True))
         rows = json.loads(folder.calibration.read_text())["predictors"]
         taus[weights.balance] = {row["name"]: row[KID]["all"]["tau"]["value"] for row in rows}

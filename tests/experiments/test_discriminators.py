@@ -88,7 +88,7 @@ def test_budgets_are_of_the_default_cost() -> None:
         ("--budget 0.1:0.5", "is a range"),
         ("--shares 0.0000001 --budget 0.3", "cannot be reached"),
         ("--shares 2 --budget 0.3", "at most 1"),
-        ("--found nowhere --budget 0.3", "nowhere does not exist"),
+        ("--found nowhere --budget 0.3 --shares 0.5", "nowhere does not exist"),
         ("--resume nowhere", "nowhere does not exist"),
     ],
 )

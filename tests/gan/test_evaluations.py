@@ -55,8 +55,8 @@ def play(path: Path, *widths: int, limit: int | None = None) -> tuple[CountedSco
     return counted, scorer
 
 
-def test_every_family_is_one_of_the_three():
-    assert set(FAMILIES.values()) == {"density", "fidelity", "balance"}
+def test_every_family_is_one_of_the_four():
+    assert set(FAMILIES.values()) == {"density", "fidelity", "balance", "recovery"}
     assert all(term.endswith("_gap") for term in FAMILIES)
 
 

@@ -208,7 +208,9 @@ def test_the_scorer_works_on_val_images(task: Task):
     inputs = task.val.tensors()[0]
     with torch.no_grad():
         wanted = float((sliced(inputs) - task.networks["generator"](inputs)).abs().mean())
-    assert gaps["l1_gap"] == pytest.approx(wanted, rel=1e-4)
+    assert gaps["l1_gap"] == pytest.approx(
+        wanted, rel=1e-2
+    )  # slices are scored in bfloat16 where that is quick
     assert {agent: network.multiple for agent, network in scorer.networks.items()} == task.multiples
     assert {network.cost_kind for network in scorer.networks.values()} == {"params"}
     for agent, network in scorer.networks.items():
