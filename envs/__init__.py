@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import gymnasium
 
-from envs.budget import Budget, default_budgets, parse_budgets
+from envs.budget import Budget, default_budgets, fixed_ratios, parse_budgets
 from envs.joint_env import JointPruningEnv
 from envs.pruning_env import PruningEnv, Reward
 from envs.records import Episode, Evaluation, Listener
@@ -75,8 +75,7 @@ def make_env(
         budgets = default_budgets(agents, budget)
     else:
         budgets = parse_budgets(str(budget), agents)
-    fixed = {agent: one.low for agent, one in budgets.items() if one.fixed}
-    surrogate = known.surrogate(cost, fixed) if start == "elastic" else None
+    surrogate = known.surrogate(cost, fixed_ratios(budgets)) if start == "elastic" else None
     scorer = known.scorer(cost=cost, start=start, surrogate=surrogate)
     counted = CountedScorer(scorer, log, evaluations)
     return PruningEnv(counted, budgets, weights=weights, reward=reward, listener=listener)

@@ -137,6 +137,11 @@ def parse_budgets(text: str, agents: Iterable[str]) -> dict[str, Budget]:
     return default_budgets(agents, given)
 
 
+def fixed_ratios(budgets: Mapping[str, Budget]) -> dict[str, float]:
+    """Agent → keep ratio, of the budgets that are no ranges."""
+    return {agent: budget.low for agent, budget in budgets.items() if budget.fixed}
+
+
 def default_budgets(
     agents: Iterable[str], given: Mapping[str, float | str | Budget] | None = None
 ) -> dict[str, Budget]:

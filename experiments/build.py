@@ -10,7 +10,7 @@ import torch
 
 from agents.base import Agent
 from agents.registry import build_agent
-from envs.budget import Budget, default_budgets, parse_budgets, uniform_widths
+from envs.budget import Budget, default_budgets, fixed_ratios, parse_budgets, uniform_widths
 from envs.pruning_env import PruningEnv, check_budgets
 from envs.records import Listener
 from envs.rewards import Weights
@@ -35,14 +35,10 @@ def fixed_shares(budgets: Mapping[str, Budget], text: str) -> dict[str, float]:
     Raises:
         UserError: a budget is a range: plans of different cost do not compare.
     """
-    if not all(budget.fixed for budget in budgets.values()):
+    shares = fixed_ratios(budgets)
+    if len(shares) < len(budgets):
         raise UserError(f"the budget {text!r} is a range; plans are compared at one budget, such as 0.1")
-    return {agent: budget.low for agent, budget in budgets.items()}
-
-
-def fixed_budgets(text: str) -> dict[str, float]:
-    """Agent → keep ratio of the budgets that are no ranges."""
-    return {agent: budget.low for agent, budget in build_budgets(text).items() if budget.fixed}
+    return shares
 
 
 def prunable(task: Task, cost: str = DEFAULT_COST) -> dict[str, PrunableNetwork]:

@@ -35,7 +35,16 @@ from experiments.agreement import (
 from experiments.build import build_budgets, check_reachable, fixed_shares, pick_device, prunable
 from experiments.candidates import NamedPlan, draw_plans, found_plan
 from experiments.figures import TERMS, Cloud, calibration, save_figure
-from experiments.runs import create_run, describe_run, open_run, plain, read_json, read_options
+from experiments.runs import (
+    create_run,
+    describe_run,
+    flag,
+    given_options,
+    open_run,
+    plain,
+    read_json,
+    read_options,
+)
 from experiments.trials import Settings, Trial, TrialLog, TrialResult, run_trials
 from experiments.watch import Watch
 from gan.errors import UserError
@@ -51,7 +60,7 @@ DESCRIPTION = """Draws plans of equal cost, scores them, finetunes them with sev
 well the score and each of its terms predict the finetuned result: Kendall's tau and the regret of the plan
 that the score would pick. Val images only. Everything goes to a folder; interrupt it whenever you like."""
 EXAMPLES = (
-    ("python experiments/calibrate.py", "36 plans, 2 seeds: some hours on 2 cores"),
+    ("python experiments/calibrate.py", "36 plans, 2 seeds: 40 minutes on 2 cores"),
     ("python experiments/calibrate.py --quick", "the same road in a minute"),
     ("python experiments/calibrate.py --found runs/NAME", "with the best plan of a run among them"),
     ("python experiments/calibrate.py --resume FOLDER", "go on with an interrupted study"),
@@ -254,12 +263,7 @@ def reopen_study(options: Options, path: Path) -> tuple[Options, StudyFolder]:
         raise UserError(
             f"{path} is no study of plans: it has no plans.json; name one of calibrate.py's folders"
         )
-    defaults = asdict(Options())
-    given = [
-        f"--{name.replace('_', '-')}"
-        for name, value in asdict(options).items()
-        if name not in FREE_ON_RESUME and value != defaults[name]
-    ]
+    given = [flag(name) for name in given_options(options, FREE_ON_RESUME)]
     if given:
         raise UserError(f"--resume goes on with the study's own options; leave out {', '.join(given)}")
     if options.report and options.score_with:

@@ -298,6 +298,25 @@ def read_options(folder: RunFolder, kind: type[T]) -> T:
         ) from error
 
 
+def flag(name: str) -> str:
+    """How an option is written on the command line."""
+    return f"--{name.replace('_', '-')}"
+
+
+def given_options(options: Any, free: Sequence[str]) -> dict[str, Any]:
+    """Name → value of the options that are not at their defaults, ``free`` ones left out.
+
+    Args:
+        options: a dataclass whose fields all have defaults.
+    """
+    default = type(options)()
+    return {
+        name: getattr(options, name)
+        for name in (field.name for field in dataclasses.fields(options))
+        if name not in free and getattr(options, name) != getattr(default, name)
+    }
+
+
 def resumed_options(folder: RunFolder, options: T, free: Sequence[str]) -> T:
     """The options that an interrupted study was begun with; the same ones may be given again.
 
@@ -309,16 +328,12 @@ def resumed_options(folder: RunFolder, options: T, free: Sequence[str]) -> T:
     Raises:
         UserError: other options than the study was begun with.
     """
-    known, default = read_options(folder, type(options)), type(options)()
-    given = {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}  # type: ignore[arg-type]
-    changed = [
-        f"--{name.replace('_', '-')}"
-        for name, value in given.items()
-        if name not in free and value not in (getattr(default, name), getattr(known, name))
-    ]
+    known = read_options(folder, type(options))
+    given = given_options(options, free)
+    changed = [flag(name) for name, value in given.items() if value != getattr(known, name)]
     if changed:
         raise UserError(f"--resume goes on with the study's own options; leave out {', '.join(changed)}")
-    return dataclasses.replace(known, **{name: given[name] for name in free})  # type: ignore[type-var]
+    return dataclasses.replace(known, **{name: getattr(options, name) for name in free})  # type: ignore[type-var]
 
 
 def _restore(kind: Any, value: Any) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -14,6 +14,7 @@ from torch import nn
 
 from agents.base import Agent
 from agents.registry import AGENTS as LEARNERS
+from envs.budget import fixed_ratios
 from envs.pruning_env import PruningEnv
 from envs.records import Evaluation
 from envs.rewards import Weights
@@ -24,7 +25,6 @@ from experiments.build import (
     build_learner,
     check_reachable,
     finetuning,
-    fixed_budgets,
     pick_device,
     warm_up,
     with_latency,
@@ -36,6 +36,8 @@ from experiments.runs import (
     RunFolder,
     create_run,
     describe_run,
+    flag,
+    given_options,
     open_run,
     plain,
     read_metrics,
@@ -59,9 +61,9 @@ Pair = tuple[nn.Module, nn.Module]
 DESCRIPTION = """Prunes a pretrained generator and its discriminator with cooperative RL agents, finetunes
 the smaller pair and compares it with the usual ways. Everything goes to a run folder."""
 EXAMPLES = (
-    ("python experiments/train_agents.py", "the embedded task, about 10 minutes on 2 cores"),
+    ("python experiments/train_agents.py", "the embedded task, about 7 minutes on 2 cores"),
     ("python experiments/train_agents.py --quick", "the same road in under a minute"),
-    ("python experiments/train_agents.py --budget 0.25 --seed 1", "keep a quarter of the MACs"),
+    ("python experiments/train_agents.py --budget 0.25 --seed 1", "keep a quarter of the parameters"),
     ("python experiments/train_agents.py --algo random", "another learner, for comparison"),
     ("python experiments/train_agents.py --resume runs/NAME", "go on with an interrupted run"),
 )
@@ -144,11 +146,7 @@ def open_folder(options: Options) -> tuple[Options, RunFolder]:
     """
     if options.resume is not None:
         folder = open_run(options.resume)
-        given = [
-            f"--{name.replace('_', '-')}"
-            for name, value in asdict(options).items()
-            if name != "resume" and value != asdict(Options())[name]
-        ]
+        given = [flag(name) for name in given_options(options, free=("resume",))]
         if given:
             raise UserError(f"--resume goes on with the run's own options; leave out {', '.join(given)}")
         if folder.finished:
@@ -343,7 +341,7 @@ def search(
 def find_surrogate(options: Options, sizes: Sizes, task: Task) -> Surrogate | None:
     """Predictions of finetuned results, where those that come with the task hold."""
     shipped = options.start == "elastic" and not options.warm_up and sizes.probe is None
-    return task.surrogate(options.cost, fixed_budgets(options.budget)) if shipped else None
+    return task.surrogate(options.cost, fixed_ratios(build_budgets(options.budget))) if shipped else None
 
 
 def pick(env: PruningEnv, agent: Agent, folder: RunFolder) -> Evaluation:

@@ -250,10 +250,8 @@ class Scorer:
             network = self.slice("generator", widths, shared=True)
             with self._precision():
                 outputs = run_batched(network, self.yardstick.inputs).float()
-            gaps, diagnostics = self.yardstick.generator_gaps(outputs)
-            with self._precision():
                 judged = self.yardstick.judge(outputs).float()
-            self._made[widths] = Generated(outputs, judged, gaps, diagnostics)
+            self._made[widths] = Generated(outputs, judged, *self.yardstick.generator_gaps(outputs))
             if len(self._made) > self._cache_size:
                 self._made.popitem(last=False)
         return self._made[widths]

@@ -148,8 +148,11 @@ class Surrogate:
             plan: of the scope.
             gaps: of the plan before finetuning; those in ``terms`` are read.
         """
+        return self._predict(self._process, plan, gaps)
+
+    def _predict(self, process: Any, plan: Plan, gaps: Mapping[str, float]) -> tuple[float, float]:
         inputs = (self._features(plan, gaps) - self._centre) / self._unit
-        mean, deviation = self._process.predict(inputs[None], return_std=True)
+        mean, deviation = process.predict(inputs[None], return_std=True)
         return float(mean[0]), float(deviation[0])
 
     def gap(self, plan: Plan, gaps: Mapping[str, float]) -> float:
@@ -164,10 +167,7 @@ class Surrogate:
         found = []
         for place, example in enumerate(self.examples):
             others = np.arange(len(self.examples)) != place
-            kept = self._process
-            self._process = self._fit(others, self.theta)
-            found.append(self.predict(example.plan, example.gaps))
-            self._process = kept
+            found.append(self._predict(self._fit(others, self.theta), example.plan, example.gaps))
         return found
 
     @property
