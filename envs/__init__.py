@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import gymnasium
 
-from envs.budget import Budget, default_budgets, fixed_ratios, parse_budgets
+from envs.budget import Budget, budget_ends, default_budgets, parse_budgets
 from envs.joint_env import JointPruningEnv
 from envs.pruning_env import PruningEnv, Reward
 from envs.records import Episode, Evaluation, Listener
@@ -75,7 +75,9 @@ def make_env(
         budgets = default_budgets(agents, budget)
     else:
         budgets = parse_budgets(str(budget), agents)
-    surrogate = known.surrogate(cost, fixed_ratios(budgets)) if start == "elastic" else None
+    if cost == "latency":
+        known = known.with_latency()
+    surrogate = known.surrogate(cost, budget_ends(budgets)) if start == "elastic" else None
     scorer = known.scorer(cost=cost, start=start, surrogate=surrogate)
     counted = CountedScorer(scorer, log, evaluations)
     return PruningEnv(counted, budgets, weights=weights, reward=reward, listener=listener)

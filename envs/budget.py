@@ -142,6 +142,11 @@ def fixed_ratios(budgets: Mapping[str, Budget]) -> dict[str, float]:
     return {agent: budget.low for agent, budget in budgets.items() if budget.fixed}
 
 
+def budget_ends(budgets: Mapping[str, Budget]) -> dict[str, tuple[float, float]]:
+    """Agent → smallest and largest keep ratio."""
+    return {agent: (budget.low, budget.high) for agent, budget in budgets.items()}
+
+
 def default_budgets(
     agents: Iterable[str], given: Mapping[str, float | str | Budget] | None = None
 ) -> dict[str, Budget]:

@@ -45,12 +45,10 @@ from experiments.runs import (
     read_json,
     read_options,
 )
-from experiments.trials import Settings, Trial, TrialLog, TrialResult, run_trials
+from experiments.trials import Settings, Trial, TrialLog, TrialResult, dense_row, run_trials
 from experiments.watch import Watch
 from gan.errors import UserError
-from gan.evaluation import Judge
 from gan.evaluations import CountedScorer, EvaluationLog, PrunableNetwork, Scores
-from gan.features import load_extractor
 from gan.files import file_hash, write_json, write_text
 from gan.plans import Plan
 from gan.surrogate import FEWEST, Example, Scope, Surrogate, cautious
@@ -351,9 +349,7 @@ def work(options: Options, folder: StudyFolder, watch: Watch) -> None:
         score(options, name, weights, task, plans, folder, watch)
     if not folder.dense.is_file():
         with watch.stage("dense pair"):
-            images = task.val if sizes.judged is None else task.val.take(sizes.judged)
-            pair = (task.networks["generator"], task.networks["discriminator"])
-            row = Judge.build(*pair, images, load_extractor(device=task.device)).row(*pair)
+            row = dense_row(task, settings_of(options, options.elastic))
             file = task.elastic_path if options.elastic == "elastic" else Path(options.elastic)
             cut_from = "dense" if options.elastic == "dense" or file is None else file_hash(file)
             write_json(folder.dense, plain({"row": row, "weights": cut_from}))
@@ -552,12 +548,11 @@ def fit_surrogate(
     if len(plans) < FEWEST or not folder.dense.is_file() or any(p.plan.key not in known for p in plans):
         return None
     dense = read_json(folder.dense)
-    budgets = fixed_shares(build_budgets(options.budget), options.budget)
     examples = [
         Example(named.plan, known[named.plan.key].gaps, statistics.fmean(one.row[KID] for one in row))
         for named, row in zip(plans, results, strict=True)
     ]
-    scope = Scope(dense["weights"], options.cost, budgets, KID, str(header.get("formulas", "")))
+    scope = Scope(dense["weights"], KID, str(header.get("formulas", "")))
     channels = {agent: network.channels.tolist() for agent, network in networks.items()}
     return Surrogate(examples, dense["row"][KID], channels, SEEN, scope)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from envs.budget import kind_of, project, random_proportions, uniform_widths
+from envs.budget import Budget, kind_of, project, random_proportions, uniform_widths
 from envs.checks import check_plan
 from experiments.runs import open_run, read_json
 from gan.errors import UserError
@@ -107,32 +107,66 @@ def draw_plans(
     plans = [NamedPlan("uniform", "uniform", Plan.of(uniform, ranking))]
     known = {plans[0].plan.key}
     for number in range(1, count):
-        kind = "iid" if number % 2 else "smooth"
         for _ in range(TRIES):
-            widths = dict(uniform)
-            for agent, network in networks.items():
-                sigma = float(np.exp(rng.uniform(*np.log(SIGMAS))))
-                if kind_of(agent) == "generator":
-                    proportions = (
-                        random_proportions(network, rng, sigma)
-                        if kind == "iid"
-                        else smooth_proportions(len(network.groups), rng, sigma)
-                    )
-                elif number % DISCRIMINATOR_EVERY == 0:
-                    proportions = random_proportions(network, rng, sigma)
-                else:
-                    continue
-                widths[agent] = project(network, proportions, budgets[agent]).widths
-            plan = Plan.of(widths, ranking)
-            if plan.key not in known:
+            drawn = draw_plan(networks, budgets, number, rng, ranking)
+            if drawn.plan.key not in known:
                 break
         else:
             raise UserError(
                 f"only {len(plans)} different plans were found at this budget, not {count}; "
                 "take fewer --plans or a larger --budget"
             )
-        known.add(plan.key)
-        plans.append(NamedPlan(f"{kind}-{number:02d}", kind, plan))
+        known.add(drawn.plan.key)
+        plans.append(drawn)
+    return plans
+
+
+def draw_plan(
+    networks: Mapping[str, PrunableNetwork],
+    budgets: Mapping[str, float],
+    number: int,
+    rng: np.random.Generator,
+    ranking: str,
+) -> NamedPlan:
+    """A random plan that fills a budget; the number decides its kind and whether D is uniform."""
+    kind = "iid" if number % 2 else "smooth"
+    widths = {}
+    for agent, network in networks.items():
+        sigma = float(np.exp(rng.uniform(*np.log(SIGMAS))))
+        if kind_of(agent) == "generator":
+            proportions = (
+                random_proportions(network, rng, sigma)
+                if kind == "iid"
+                else smooth_proportions(len(network.groups), rng, sigma)
+            )
+        elif number % DISCRIMINATOR_EVERY == 0:
+            proportions = random_proportions(network, rng, sigma)
+        else:
+            proportions = np.ones(len(network.groups))
+        widths[agent] = project(network, proportions, budgets[agent]).widths
+    return NamedPlan(f"{kind}-{number:02d}", kind, Plan.of(widths, ranking))
+
+
+def draw_over_range(
+    networks: Mapping[str, PrunableNetwork],
+    budgets: Mapping[str, Budget],
+    count: int,
+    rng: np.random.Generator,
+    ranking: str,
+) -> list[NamedPlan]:
+    """``count`` random plans, each at budgets of its own, drawn log-uniformly from the ranges.
+
+    Their draws are stratified: the generator's budgets are the middles of ``count`` equal steps of the log
+    range in random order, so that a few dozen plans leave no gap.
+    """
+    places = (rng.permutation(count) + 0.5) / count
+    plans = []
+    for number in range(count):
+        shares = {
+            agent: budget.at(float(places[number]) if kind_of(agent) == "generator" else float(rng.random()))
+            for agent, budget in budgets.items()
+        }
+        plans.append(draw_plan(networks, shares, number, rng, ranking))
     return plans
 
 

@@ -18,7 +18,7 @@ from rich.console import Console
 from tyro.conf import UseAppendAction
 
 from agents.registry import AGENTS as LEARNERS
-from envs.budget import Budget, kind_of
+from envs.budget import Budget, budget_ends, kind_of
 from envs.pruning_env import PruningEnv
 from envs.rewards import Weights
 from experiments import cli
@@ -84,6 +84,8 @@ class Options:
     """Finetunings of every plan, with the seeds 0, 1, …"""
     epochs: int = 10
     """Epochs of a finetuning."""
+    shapes: tuple[str, ...] = tuple(SHAPES)
+    """Hand-made shapes to finetune beside uniform and what is found."""
     algo: str = "cmaes"
     """Who searches: a name of agents/registry.py."""
     seed: int = 0
@@ -254,6 +256,9 @@ def open_folder(options: Options) -> tuple[Options, RunFolder]:
         raise UserError("the results need a folder; name a new one with --output FOLDER")
     if options.algo not in LEARNERS:
         raise unknown("algorithm", options.algo, LEARNERS)
+    for name in options.shapes:
+        if name not in SHAPES:
+            raise unknown("shape", name, SHAPES)
     for name in ("evaluations", "seeds", "epochs", "workers"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name} is {getattr(options, name)}; it must be 1 or more")
@@ -341,11 +346,13 @@ def search(cell: Cell, folder: CellFolder, options: Options, watch: Watch) -> di
     if cell.cost == "latency":
         task = with_latency(task, folder.latency)
     with watch.stage("scorer"):
+        shipped = options.elastic is None and sizes.probe is None
         scorer = task.scorer(
             cell.cost,
             weights=elastic_weights(task, options),
             probe=sizes.probe,
             statistics_images=sizes.statistics,
+            surrogate=task.surrogate(cell.cost, budget_ends(cell.budgets)) if shipped else None,
         )
     env = build_env(
         scorer,
@@ -361,7 +368,7 @@ def search(cell: Cell, folder: CellFolder, options: Options, watch: Watch) -> di
         env.listener = SearchBar(env, stage)
         build_learner(options.algo, options.seed, None).learn(env)
         env.listener = None
-    return compare_plans(env)
+    return compare_plans(env, options.shapes)
 
 
 class SearchBar:
@@ -379,13 +386,17 @@ class SearchBar:
         """Nothing to show: every plan is an episode."""
 
 
-def compare_plans(env: PruningEnv) -> dict[str, Any]:
+def compare_plans(env: PruningEnv, shapes: Sequence[str] = tuple(SHAPES)) -> dict[str, Any]:
     """Uniform, hand-made and found plans at an environment's budget, with their scores.
 
     Names may share a plan, as shapes do at tight budgets: it is finetuned once.
+
+    Args:
+        env: its search is over.
+        shapes: keys of ``SHAPES``.
     """
     assert env.best is not None  # budgets are fixed
-    plans = {"uniform": env.uniform_plan(), **shaped_plans(env), "found": env.best.plan}
+    plans = {"uniform": env.uniform_plan(), **shaped_plans(env, shapes), "found": env.best.plan}
     scores = {name: env.evaluate(plan, counted=False) for name, plan in plans.items()}
     return plain(
         {
@@ -400,11 +411,11 @@ def compare_plans(env: PruningEnv) -> dict[str, Any]:
     )
 
 
-def shaped_plans(env: PruningEnv) -> dict[str, Plan]:
-    """Name of ``SHAPES`` → the plan that gives this shape to generators and leaves discriminators uniform."""
+def shaped_plans(env: PruningEnv, shapes: Sequence[str]) -> dict[str, Plan]:
+    """Name of a shape → the plan that gives this shape to generators and leaves discriminators uniform."""
     networks = env.scorer.networks
     plans = {}
-    for name in SHAPES:
+    for name in shapes:
         proportions = {
             agent: shape_proportions(name, network.groups)
             if kind_of(agent) == "generator"

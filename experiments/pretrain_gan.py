@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import pickle
 import time
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -19,14 +19,19 @@ from experiments import cli
 from experiments.build import pick_device
 from gan.checkpoints import save_network, save_tensors
 from gan.data import embedded_pairs, to_float
-from gan.errors import UserError
+from gan.errors import UserError, unknown
 from gan.files import write_bytes
-from gan.networks import Architecture, initialise
+from gan.networks import initialise
+from gan.tasks import TASKS
 from gan.training import PairedTrainer, TrainingOptions, TrainingProgress
 
 EXAMPLES = (
     ("python experiments/pretrain_gan.py", "remake the embedded pair, about 30 minutes on 2 cores"),
     ("python experiments/pretrain_gan.py --training.epochs 5 --output try", "a short look"),
+    (
+        "python experiments/pretrain_gan.py --task edges2emoji-resnet --training.amp --training.epochs 70",
+        "remake the ResNet's pair",
+    ),
 )
 
 
@@ -38,10 +43,10 @@ class Options:
     """Embedded task."""
     output: Path = Path("pretrained")
     """Folder for the checkpoint, the log and the finished pair."""
-    ngf: int = 32
-    """Base width of the generator."""
-    ndf: int = 32
-    """Base width of the discriminator."""
+    ngf: int | None = None
+    """Base width of the generator; the task's own by default."""
+    ndf: int | None = None
+    """Base width of the discriminator; the task's own by default."""
     keep_every: int = 10
     """Keep the averaged generator every so many epochs."""
     training: TrainingOptions = field(default_factory=lambda: TrainingOptions(epochs=90))
@@ -51,9 +56,13 @@ class Options:
 def main(options: Options) -> None:
     """Pretrain, or go on where an earlier call stopped."""
     for name in ("ngf", "ndf", "keep_every"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be 1 or more")
-    train, val = embedded_pairs(options.task, "train"), embedded_pairs(options.task, "val")
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; it must be 1 or more")
+    if options.task not in TASKS:
+        raise unknown("task", options.task, TASKS)
+    recipe_of_task = TASKS[options.task]
+    train, val = (embedded_pairs(recipe_of_task.images, split) for split in ("train", "val"))
     folder = options.output / options.task
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint, settings = folder / "checkpoint.pt", folder / "options.json"
@@ -62,13 +71,21 @@ def main(options: Options) -> None:
         raise UserError(f"{folder} holds a training with other options; use them again, or another --output")
     settings.write_text(json.dumps(resolved, indent=2) + "\n")
 
-    generator_architecture = Architecture("unet_64", base_width=options.ngf)
-    discriminator_architecture = Architecture("basic", in_channels=6, out_channels=1, base_width=options.ndf)
+    generator_architecture, discriminator_architecture = (
+        architecture if width is None else replace(architecture, base_width=width)
+        for architecture, width in (
+            (recipe_of_task.generator, options.ngf),
+            (recipe_of_task.discriminator, options.ndf),
+        )
+    )
     random = torch.Generator().manual_seed(options.training.seed)
     torch.manual_seed(options.training.seed)
     device = pick_device("auto")
     generator = initialise(generator_architecture.build(), random).to(device)
     discriminator = initialise(discriminator_architecture.build(), random).to(device)
+    if options.training.amp:
+        for network in (generator, discriminator):
+            network.to(memory_format=torch.channels_last)  # what bfloat16 convolutions are quick in
     trainer = PairedTrainer(generator, discriminator, options.training)
     if checkpoint.exists():
         try:
@@ -103,7 +120,7 @@ def main(options: Options) -> None:
     recipe = {
         "task": options.task,
         "image_size": int(train.inputs.shape[-1]),
-        "command": "python experiments/pretrain_gan.py",
+        "command": f"python experiments/pretrain_gan.py --task {options.task}",
         "training": asdict(options.training),
         "epochs": trainer.epoch,
     }

@@ -14,7 +14,7 @@ from torch import nn
 
 from agents.base import Agent
 from agents.registry import AGENTS as LEARNERS
-from envs.budget import fixed_ratios
+from envs.budget import budget_ends
 from envs.pruning_env import PruningEnv
 from envs.records import Evaluation
 from envs.rewards import Weights
@@ -341,7 +341,7 @@ def search(
 def find_surrogate(options: Options, sizes: Sizes, task: Task) -> Surrogate | None:
     """Predictions of finetuned results, where those that come with the task hold."""
     shipped = options.start == "elastic" and not options.warm_up and sizes.probe is None
-    return task.surrogate(options.cost, fixed_ratios(build_budgets(options.budget))) if shipped else None
+    return task.surrogate(options.cost, budget_ends(build_budgets(options.budget))) if shipped else None
 
 
 def pick(env: PruningEnv, agent: Agent, folder: RunFolder) -> Evaluation:

@@ -151,6 +151,13 @@ class Settings:
         }
 
 
+def dense_row(task: Task, settings: Settings) -> dict[str, float]:
+    """Figures (``gan.evaluation.COLUMNS``) of the dense pair on the images that trials are measured on."""
+    images = _take(task.val if settings.split == "val" else task.test, settings.judge_images)
+    pair = task.networks["generator"], task.networks["discriminator"]
+    return Judge.build(*pair, images, load_extractor(device=task.device)).row(*pair)
+
+
 class Workbench:
     """Does trials, one after the other; holds what they share.
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from gan.errors import unknown
 
 Split = Literal["train", "val", "test"]
-SPLITS = ("train", "val", "test")
+SPLITS: tuple[Split, ...] = ("train", "val", "test")
 
 
 def to_float(images: Tensor) -> Tensor:

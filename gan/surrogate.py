@@ -1,8 +1,8 @@
 """A surrogate of finetuning: what plans that were finetuned say about plans that were not.
 
-Scores before finetuning see what a plan can do now, not what it can learn. A few dozen plans of one budget
-that were finetuned for real (``experiments/calibrate.py``) are enough for a Gaussian process to tell which
-shapes recover. It sees the widths of both networks; gaps can be added, and did not help where it was tried.
+Scores before finetuning see what a plan can do now, not what it can learn. A few dozen plans that were
+finetuned for real (``experiments/survey.py``) are enough for a Gaussian process to tell which shapes recover.
+It sees the widths of both networks; gaps can be added, and did not help where it was tried.
 """
 
 from __future__ import annotations
@@ -19,17 +19,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from gan.cost import CostKind, CostModel
 from gan.errors import UserError
 from gan.files import write_json
 from gan.plans import Plan
 from gan.runtime import require
 
-FORMAT = 1
+FORMAT = 2
 """Raised when the file changes."""
 CAUTION = 0.5
 """Standard deviations that are added to a prediction: a search must not be drawn to what nobody has tried."""
 FEWEST = 8
 """Finetuned plans below which nothing is fitted."""
+SLACK = 0.05
+"""A budget may be so much below the cheapest example or above the dearest: plans do not quite fill theirs."""
 FLOOR = 1e-4
 """Gaps below it count as it: their logarithm is taken."""
 
@@ -55,22 +58,22 @@ class Scope:
 
     Attributes:
         weights: hash of the file of elastic weights that the plans were cut from.
-        cost: what the budgets are a share of.
-        budgets: agent → keep ratio.
         metric: name of the figure, with its extractor.
         formulas: version of the gaps.
     """
 
     weights: str
-    cost: str
-    budgets: Mapping[str, float]
     metric: str
     formulas: str
 
 
 def cautious(mean: float, deviation: float) -> float:
-    """Gap of a prediction, ≥ 0: mean plus ``CAUTION`` deviations of the log ratio; 0.1 is 10 % worse."""
-    return max(0.0, mean + CAUTION * deviation)
+    """Gap of a prediction: mean plus ``CAUTION`` deviations of the log ratio; 0.1 is 10 % worse than dense.
+
+    The only gap that may be below 0: finetuning can end better than the dense pair, and a search that is told
+    no more than "as good" stops there.
+    """
+    return mean + CAUTION * deviation
 
 
 class Surrogate:
@@ -156,19 +159,50 @@ class Surrogate:
         return float(mean[0]), float(deviation[0])
 
     def gap(self, plan: Plan, gaps: Mapping[str, float]) -> float:
-        """Cautious prediction of how much worse than the dense pair the finetuned plan is, ≥ 0.
-
-        See :func:`cautious`.
-        """
+        """How much worse than the dense pair the finetuned plan is predicted to be: :func:`cautious`."""
         return cautious(*self.predict(plan, gaps))
+
+    def reach(self, costs: Mapping[str, CostModel], kind: CostKind) -> dict[str, tuple[float, float]]:
+        """Agent → smallest and largest share of its dense cost among the examples.
+
+        Args:
+            costs: agent → cost model of its network.
+            kind: of the cost; latency needs models with tables.
+        """
+        shares = {}
+        for agent, model in costs.items():
+            widths = np.array([example.plan[agent] for example in self.examples], dtype=np.int64)
+            found = model.of(kind, widths) / model.of(kind, model.dense)
+            shares[agent] = float(found.min()), float(found.max())
+        return shares
+
+    def covers(
+        self,
+        costs: Mapping[str, CostModel],
+        kind: CostKind,
+        budgets: Mapping[str, tuple[float, float]],
+    ) -> bool:
+        """True where examples are both as cheap and as dear as the budgets (agent → smallest, largest)."""
+        reach = self.reach(costs, kind)
+        return all(
+            reach[agent][0] * (1 - SLACK) <= low and high <= reach[agent][1] * (1 + SLACK)
+            for agent, (low, high) in budgets.items()
+        )
 
     def leave_one_out(self) -> list[tuple[float, float]]:
         """What the process says of each example when it has not seen it; hyperparameters are kept."""
-        found = []
-        for place, example in enumerate(self.examples):
-            others = np.arange(len(self.examples)) != place
-            found.append(self._predict(self._fit(others, self.theta), example.plan, example.gaps))
-        return found
+        places = np.arange(len(self.examples))
+        return [self.leave_out(places == place)[0] for place in places]
+
+    def leave_out(self, rows: NDArray[np.bool_]) -> list[tuple[float, float]]:
+        """What the process says of some examples when it has seen none of them; hyperparameters are kept.
+
+        Args:
+            rows: (examples,) true for those that are left out; not all of them.
+        """
+        process = self._fit(~rows, self.theta)
+        left = [example for example, out in zip(self.examples, rows, strict=True) if out]
+        return [self._predict(process, example.plan, example.gaps) for example in left]
 
     @property
     def fingerprint(self) -> str:
@@ -182,8 +216,6 @@ class Surrogate:
             "format": FORMAT,
             "scope": {
                 "weights": scope.weights,
-                "cost": scope.cost,
-                "budgets": dict(scope.budgets),
                 "metric": scope.metric,
                 "formulas": scope.formulas,
             },
@@ -225,7 +257,7 @@ def load_surrogate(path: Path) -> Surrogate:
         UserError: missing or damaged file, or one of another format.
     """
     if not path.is_file():
-        raise UserError(f"there is no surrogate at {path}; make one with experiments/calibrate.py")
+        raise UserError(f"there is no surrogate at {path}; make one with experiments/survey.py")
     try:
         data = json.loads(path.read_text())
         if data["format"] != FORMAT:
@@ -233,5 +265,5 @@ def load_surrogate(path: Path) -> Surrogate:
         return Surrogate.from_dict(data)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"the surrogate {path} is damaged ({error}); make it again with experiments/calibrate.py"
+            f"the surrogate {path} is damaged ({error}); make it again with experiments/survey.py"
         ) from error

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gan.checkpoints import load_network, load_tensors, save_tensors, tensors_hash
 from gan.cost import DEFAULT_COST, CostKind, CostModel, build_cost_model
-from gan.data import PairedImages, embedded_pairs
+from gan.data import SPLITS, PairedImages, embedded_pairs
 from gan.elastic import ElasticNetwork, order_channels
 from gan.errors import UserError, unknown
 from gan.features import load_extractor
@@ -32,10 +32,40 @@ from gan.surrogate import Scope, Surrogate, load_surrogate
 Start = Literal["elastic", "dense"]
 AGENTS = ("generator", "discriminator")
 ASSETS = Path(__file__).parent / "assets"
-TASKS: dict[str, str] = {
-    "edges2emoji": "Pix2Pix, 64 × 64: Canny edges → Noto emoji",
+
+
+@dataclass(frozen=True)
+class TaskRecipe:
+    """What an embedded task is made of.
+
+    Attributes:
+        about: one line for the user.
+        images: name of its pairs in ``gan.data.embedded_pairs``.
+        generator, discriminator: the dense networks.
+    """
+
+    about: str
+    images: str
+    generator: Architecture
+    discriminator: Architecture
+
+
+_PATCH_GAN = Architecture("basic", in_channels=6, out_channels=1, base_width=32)
+TASKS: dict[str, TaskRecipe] = {
+    "edges2emoji": TaskRecipe(
+        "Pix2Pix, 64 × 64: Canny edges → Noto emoji, a U-Net",
+        "edges2emoji",
+        Architecture("unet_64", base_width=32),
+        _PATCH_GAN,
+    ),
+    "edges2emoji-resnet": TaskRecipe(
+        "the same images, CycleGAN's generator: six residual blocks, instance norm",
+        "edges2emoji",
+        Architecture("resnet_6blocks", base_width=24, norm="instance"),
+        _PATCH_GAN,
+    ),
 }
-"""Embedded task → what it is."""
+"""Embedded task → what it is made of."""
 STATISTICS_IMAGES = 64
 """Train images behind the BatchNorm statistics of a slice."""
 MULTIPLES = {"generator": 4, "discriminator": 2}
@@ -123,21 +153,23 @@ class Task:
             raise unknown("start", start, ("elastic", "dense"))
         return self.ordered() if start == "dense" else self.shipped_elastic()
 
-    def surrogate(self, cost: CostKind, budgets: Mapping[str, float]) -> Surrogate | None:
+    def surrogate(self, cost: CostKind, budgets: Mapping[str, tuple[float, float]]) -> Surrogate | None:
         """The shipped predictions of finetuned results, where they hold; None elsewhere.
 
-        They hold for plans that are cut from the shipped elastic weights, at the budgets and with the gaps
-        that they were fitted with.
+        They hold for plans that are cut from the shipped elastic weights, with the gaps that they were fitted
+        with, at budgets between those of the plans that were finetuned.
 
         Args:
-            cost: what the budgets are a share of.
-            budgets: agent → keep ratio.
+            cost: what the budgets are a share of; latency needs a task with tables.
+            budgets: agent → smallest and largest keep ratio.
         """
         if self.surrogate_path is None or self.elastic_path is None:
             return None
         found = load_surrogate(self.surrogate_path)
-        scope = Scope(file_hash(self.elastic_path), cost, dict(budgets), found.scope.metric, FORMULAS)
-        return found if found.scope == scope else None
+        if found.scope != Scope(file_hash(self.elastic_path), found.scope.metric, FORMULAS):
+            return None
+        costs = {agent: self.cost_model(agent) for agent in budgets}
+        return found if found.covers(costs, cost, budgets) else None
 
     def scorer(
         self,
@@ -217,7 +249,7 @@ def load_task(name: str = "edges2emoji", device: str = "cpu") -> Task:
         raise unknown("task", name, TASKS)
     folder = ASSETS / name
     networks, architectures, groups = {}, {}, {}
-    train, val, test = (embedded_pairs(name, split) for split in ("train", "val", "test"))  # type: ignore[arg-type]
+    train, val, test = (embedded_pairs(TASKS[name].images, split) for split in SPLITS)
     for agent in AGENTS:
         network, architecture, _ = load_network(folder / f"{agent}.safetensors")
         network = network.to(device).requires_grad_(False)

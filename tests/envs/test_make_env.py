@@ -24,7 +24,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     class Task:
         networks: ClassVar = {"generator": None, "discriminator": None}
 
-        def surrogate(self, cost: str, budgets: dict[str, float]) -> str:
+        def surrogate(self, cost: str, budgets: dict[str, tuple[float, float]]) -> str:
             return f"surrogate for {cost} {budgets}"
 
         def scorer(self, **options: Any) -> ToyScorer:
@@ -51,9 +51,10 @@ def test_make_env_hands_its_options_on(asked: list[Any], tmp_path) -> None:
     assert (env.scorer.limit, env.scorer.log, env.reward) == (7, log, "final")
 
 
-def test_make_env_asks_for_predictions_at_its_fixed_budgets(asked: list[Any]) -> None:
+def test_make_env_asks_for_predictions_at_its_budgets(asked: list[Any]) -> None:
     envs.make_env("pairs", budget="generator=0.2,discriminator=0.3:0.4", cost="macs")
-    assert asked[1]["surrogate"] == "surrogate for macs {'generator': 0.2}"
+    wanted = {"generator": (0.2, 0.2), "discriminator": (0.3, 0.4)}
+    assert asked[1]["surrogate"] == f"surrogate for macs {wanted}"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,416 @@
+"""What does finetuning make of plans of any size? The examples behind the predicted recovery.
+
+Random plans over a whole range of budgets are finetuned; plans that other studies have finetuned join them.
+``gan.surrogate`` is fitted to all, and judged by what it says of plans that it has not seen.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from rich.console import Console
+
+from experiments import cli
+from experiments.agreement import Interval, kendall_interval
+from experiments.build import build_budgets, check_reachable, pick_device, prunable, with_latency
+from experiments.candidates import NamedPlan, draw_over_range, found_plan
+from experiments.figures import Cloud, calibration, save_figure
+from experiments.runs import (
+    RunFolder,
+    create_run,
+    describe_run,
+    open_run,
+    plain,
+    read_json,
+    resumed_options,
+)
+from experiments.trials import Settings, Trial, TrialLog, TrialResult, dense_row, run_trials
+from experiments.watch import Watch
+from gan.errors import UserError
+from gan.files import write_json, write_text
+from gan.plans import Plan
+from gan.scoring import FORMULAS
+from gan.surrogate import CAUTION, Example, Scope, Surrogate
+from gan.tasks import AGENTS, Task, load_task
+
+DESCRIPTION = """Finetunes random plans over a range of budgets and fits the predicted recovery to them: the
+reward family that says what finetuning makes of a plan. Val images only."""
+EXAMPLES = (
+    ("python experiments/survey.py", "48 plans from 4 to 50 % of the MACs: 30 minutes on 2 cores"),
+    ("python experiments/survey.py --join STUDY --found runs/NAME", "with plans that are finetuned already"),
+    ("python experiments/survey.py --quick", "the same road in a minute"),
+    ("python experiments/survey.py --resume FOLDER", "go on after an interruption"),
+)
+KID = "kid_efficientnet_lite0"
+OWN, FOUND = "survey", "found"
+FEWEST_PLANS = 8
+FREE_ON_RESUME = ("resume", "workers")
+"""Options that may differ from those of the interrupted study: no result depends on them."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of ``survey.py``."""
+
+    task: str = "edges2emoji"
+    """Embedded task."""
+    budget: str = "generator=0.04:0.5,discriminator=0.1:1"
+    """Ranges that every plan's budgets are drawn from: [agent=]LOW:HIGH,…; log-uniform."""
+    cost: Literal["macs", "params"] = "macs"
+    """What these are a share of; the predictions hold for any cost."""
+    plans: int = 48
+    """Plans to draw."""
+    seeds: int = 1
+    """Finetunings of each: more plans say more than more seeds."""
+    epochs: int = 10
+    """Epochs of finetuning."""
+    elastic: str = "elastic"
+    """What plans are cut from: elastic (the task's own weights), dense, or a file of elastic weights."""
+    found: tuple[Path, ...] = ()
+    """Runs whose best plans are finetuned too."""
+    join: tuple[Path, ...] = ()
+    """Folders of calibrate.py, discriminators.py or survey.py whose finetuned plans join."""
+    seed: int = 0
+    """Of the drawn plans."""
+    workers: int = 2
+    """Processes that finetune, of one thread each."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the networks run; auto takes CUDA when there is one."""
+    output: Path | None = None
+    """New folder; without it runs/TASK-survey-sSEED, numbered when that exists."""
+    resume: Path | None = None
+    """Go on with this folder; its own options are used."""
+    quick: bool = False
+    """Few plans, images and epochs: a look around, no result."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What ``--quick`` makes small; None = all."""
+
+    plans: int
+    epochs: int
+    train: int | None
+    judged: int | None
+
+    @classmethod
+    def of(cls, options: Options) -> Sizes:
+        if options.quick:
+            return cls(min(options.plans, FEWEST_PLANS), 1, 48, 32)
+        return cls(options.plans, options.epochs, None, None)
+
+
+@dataclass(frozen=True)
+class SurveyFolder:
+    """The paths of one survey.
+
+    Attributes:
+        path: the folder itself.
+    """
+
+    path: Path
+
+    @property
+    def plans(self) -> Path:
+        """What is finetuned here."""
+        return self.path / "plans.json"
+
+    @property
+    def finetuned(self) -> Path:
+        """One line per finished finetuning."""
+        return self.path / "finetuned.jsonl"
+
+    @property
+    def dense(self) -> Path:
+        """Figures of the dense pair on the same images."""
+        return self.path / "dense.json"
+
+    @property
+    def surrogate(self) -> Path:
+        """The predictions, as ``gan.surrogate`` reads them."""
+        return self.path / "surrogate.json"
+
+    @property
+    def report(self) -> Path:
+        """Everything below as JSON."""
+        return self.path / "survey.json"
+
+    @property
+    def table(self) -> Path:
+        return self.path / "table.md"
+
+    @property
+    def figure(self) -> Path:
+        """Predictions of unseen plans against what came out."""
+        return self.path / "predicted.png"
+
+
+@dataclass(frozen=True)
+class Finetuned:
+    """A plan whose end is known.
+
+    Attributes:
+        source: ``survey``, ``found``, or the name of the folder that it came from.
+        plan: its widths.
+        kid: (n,) one per seed.
+    """
+
+    source: str
+    plan: Plan
+    kid: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class Judged:
+    """How well the predictions of unseen plans agree with what came out.
+
+    Attributes:
+        plans: number of plans.
+        tau: Kendall's tau-b of leave-one-out predictions, with its bootstrap interval over plans.
+        apart: tau when no plan of the source was seen at all; NaN for a single source.
+        error: root mean square of the left-out error, of the log KID.
+        z: root mean square of it in predicted standard deviations; 1 = they are honest.
+    """
+
+    plans: int
+    tau: Interval
+    apart: Interval
+    error: float
+    z: float
+
+
+def main(options: Options) -> None:
+    """Draw, finetune, fit, report."""
+    console = Console()
+    options, made = open_survey(options)
+    folder = SurveyFolder(made.path)
+    try:
+        work(options, folder, Watch(console))
+    except KeyboardInterrupt:
+        command = f"python experiments/survey.py --resume {folder.path}"
+        raise KeyboardInterrupt(f"stopped; what is done stays; go on with: {command}") from None
+    report(options, folder)
+    console.print(folder.table.read_text(), highlight=False, soft_wrap=True)
+    console.print(f"everything is in {folder.path}", highlight=False, soft_wrap=True)
+
+
+def open_survey(options: Options) -> tuple[Options, RunFolder]:
+    """Check the options and make the folder with its plans, or open the one to resume.
+
+    Raises:
+        UserError: options that no survey can use; nothing has been written then.
+    """
+    if options.resume is not None:
+        made = open_run(options.resume)
+        if not SurveyFolder(made.path).plans.is_file():
+            raise UserError(f"{made.path} is no survey: it has no plans.json; name a folder of survey.py")
+        return resumed_options(made, options, FREE_ON_RESUME), made
+    for name, least in (("plans", FEWEST_PLANS), ("seeds", 1), ("epochs", 1), ("workers", 1)):
+        if getattr(options, name) < least:
+            raise UserError(f"--{name} is {getattr(options, name)}; it must be {least} or more")
+    if options.seed < 0:
+        raise UserError(f"--seed is {options.seed}; it must be 0 or more")
+    task = load_task(options.task, pick_device(options.device))
+    budgets = build_budgets(options.budget)
+    check_reachable(task, budgets, options.cost)
+    settings = settings_of(options)
+    settings.elastic(task)  # refused here, where it is a sentence
+    for path in options.join:
+        joined(path, settings, task)
+    random = np.random.default_rng(options.seed)
+    plans = draw_over_range(prunable(task, options.cost), budgets, Sizes.of(options).plans, random, "l1")
+    for path in options.found:
+        named = plan_of_run(path, task)
+        if named.plan.key not in {other.plan.key for other in plans}:
+            plans.append(NamedPlan(f"{FOUND}:{path}", FOUND, named.plan))
+    made = create_run(options.task, OWN, options.seed, options.output)
+    folder = SurveyFolder(made.path)
+    write_json(folder.plans, [{"label": p.label, "kind": p.kind, **p.plan.to_dict()} for p in plans])
+    describe_run(made, options, device=str(task.device), threads=torch.get_num_threads())
+    return options, made
+
+
+def settings_of(options: Options) -> Settings:
+    """What all trials share."""
+    sizes = Sizes.of(options)
+    return Settings(
+        options.task,
+        options.elastic,
+        sizes.epochs,
+        train_images=sizes.train,
+        judge_images=sizes.judged,
+        device=pick_device(options.device),
+    )
+
+
+def plan_of_run(path: Path, task: Task) -> NamedPlan:
+    """The best plan of a finished run, whatever its budget.
+
+    Raises:
+        UserError: no run, no plan yet, or one that does not fit the task.
+    """
+    folder = open_run(path)
+    if not folder.plan.is_file():
+        raise UserError(f"the run {path} has no plan.json yet; finish it, or leave it out of --found")
+    cost = read_json(folder.options).get("cost", "macs")
+    best = read_json(folder.plan).get("best") or {}
+    known = with_latency(task, folder.latency) if cost == "latency" else task
+    return found_plan(path, task.name, prunable(known, cost), best.get("budgets", {}))
+
+
+def joined(path: Path, settings: Settings, task: Task) -> list[TrialResult]:
+    """What another study has finetuned beside pruned discriminators, under the same settings.
+
+    Raises:
+        UserError: no finetuned plans there, or finetuned under other settings.
+    """
+    logs = [path / name for name in ("finetuned.jsonl", "trials.jsonl") if (path / name).is_file()]
+    if not logs:
+        raise UserError(
+            f"{path} holds no finetuned plans; --join takes folders of calibrate.py, discriminators.py "
+            "or survey.py"
+        )
+    results = TrialLog(logs[0], settings.fingerprint(task)).results.values()
+    return [result for result in results if result.trial.discriminator == "pruned"]
+
+
+def work(options: Options, folder: SurveyFolder, watch: Watch) -> None:
+    """Finetune what the log does not have."""
+    settings = settings_of(options)
+    task = load_task(settings.task, settings.device)
+    if not folder.dense.is_file():
+        with watch.stage("dense pair"):
+            write_json(folder.dense, plain(dense_row(task, settings)))
+    plans = [NamedPlan(item["label"], item["kind"], Plan.from_dict(item)) for item in read_json(folder.plans)]
+    trials = [Trial(named.label, named.plan, seed) for named in plans for seed in range(options.seeds)]
+    with watch.stage("finetune", len(trials)) as stage:
+
+        def on_done(result: TrialResult) -> None:
+            stage.advance(note=f"{result.trial.label} {result.row[KID]:.3f}")
+
+        run_trials(
+            settings.task,
+            settings.weights,
+            trials,
+            folder.finetuned,
+            epochs=settings.epochs,
+            split=settings.split,
+            workers=options.workers,
+            on_done=on_done,
+            train_images=settings.train_images,
+            judge_images=settings.judge_images,
+            device=settings.device,
+        )
+
+
+def collect(options: Options, folder: SurveyFolder) -> list[Finetuned]:
+    """All finetuned plans, each once: results of equal plans in several studies are taken together."""
+    settings = settings_of(options)
+    task = load_task(settings.task, settings.device)
+    own = TrialLog(folder.finetuned, settings.fingerprint(task)).results.values()
+    rows = [(FOUND if r.trial.label.startswith(FOUND) else OWN, r) for r in own]
+    for path in options.join:
+        rows += [(path.resolve().name, result) for result in joined(path, settings, task)]
+    found: dict[str, Finetuned] = {}
+    for source, result in rows:
+        plan, kid = result.trial.plan, result.row[KID]
+        known = found.get(plan.key, Finetuned(source, plan, ()))
+        found[plan.key] = Finetuned(known.source, plan, (*known.kid, kid))
+    return list(found.values())
+
+
+def fit(plans: Sequence[Finetuned], options: Options, folder: SurveyFolder) -> Surrogate:
+    """The surrogate of all plans."""
+    settings = settings_of(options)
+    task = load_task(settings.task, settings.device)
+    scope = Scope(settings.fingerprint(task)["weights"], KID, FORMULAS)
+    channels = {agent: [group.channels for group in task.groups[agent]] for agent in AGENTS}
+    examples = [Example(one.plan, {}, statistics.fmean(one.kid)) for one in plans]
+    return Surrogate(examples, read_json(folder.dense)[KID], channels, (), scope)
+
+
+def judge(plans: Sequence[Finetuned], surrogate: Surrogate) -> tuple[dict[str, Judged], NDArray[np.float64]]:
+    """How good the predictions of unseen plans are, by source and over all.
+
+    Returns:
+        Source → figures, and the (k,) left-out predictions of the KID.
+    """
+    known = np.log([statistics.fmean(one.kid) / surrogate.dense for one in plans])
+    left_out = np.array(surrogate.leave_one_out())
+    sources = [one.source for one in plans]
+    found = {}
+    for source in [*dict.fromkeys(sources), "all"]:
+        rows = np.array([source in ("all", other) for other in sources])
+        error = left_out[rows, 0] - known[rows]
+        apart = Interval(math.nan, math.nan, math.nan)
+        if 0 < rows.sum() < len(plans) - FEWEST_PLANS:
+            said = surrogate.leave_out(rows)
+            apart = kendall_interval([mean for mean, _ in said], known[rows])
+        found[source] = Judged(
+            int(rows.sum()),
+            kendall_interval(left_out[rows, 0], known[rows]),
+            apart,
+            float(np.sqrt((error**2).mean())),
+            float(np.sqrt(((error / left_out[rows, 1]) ** 2).mean())),
+        )
+    return found, surrogate.dense * np.exp(left_out[:, 0])
+
+
+def report(options: Options, folder: SurveyFolder) -> None:
+    """Write the surrogate, ``survey.json``, ``table.md`` and ``predicted.png``."""
+    plans = collect(options, folder)
+    surrogate = fit(plans, options, folder)
+    judged, predicted = judge(plans, surrogate)
+    task = load_task(options.task, pick_device(options.device))
+    costs = {agent: task.cost_model(agent) for agent in AGENTS}
+    reach = {kind: surrogate.reach(costs, kind) for kind in ("macs", "params")}  # type: ignore[arg-type]
+    document = {
+        "dense": surrogate.dense,
+        "reach": reach,
+        "sources": judged,
+        "plans": [
+            {"source": one.source, **one.plan.to_dict(), KID: one.kid, "predicted": value}
+            for one, value in zip(plans, predicted, strict=True)
+        ],
+    }
+    write_json(folder.report, plain(document))
+    surrogate.save(folder.surrogate)
+    write_text(folder.table, table(judged, reach, surrogate))
+    clouds = [Cloud("predicted KID of plans left out", "prediction", predicted, judged["all"].tau.value)]
+    means = np.array([[statistics.fmean(one.kid)] for one in plans])
+    title = f"{options.task}: {len(plans)} plans"
+    save_figure(calibration(clouds, means, [one.source for one in plans], title=title), folder.figure)
+
+
+def table(judged: Mapping[str, Judged], reach: Mapping[str, Mapping[str, Any]], surrogate: Surrogate) -> str:
+    """The report as Markdown."""
+    spans = "; ".join(
+        f"{kind}: " + ", ".join(f"{agent} {low:.1%} to {high:.1%}" for agent, (low, high) in spans.items())
+        for kind, spans in reach.items()
+    )
+    lines = [
+        f"{len(surrogate.examples)} finetuned plans; the dense pair has KID {surrogate.dense:.3f}. "
+        f"Covered: {spans}. A search adds {CAUTION:g} standard deviations to every prediction.",
+        "",
+        "| plans of | number | τ, left out singly | τ, left out together | error, log KID | in deviations |",
+        "|---|---|---|---|---|---|",
+    ]
+    for source, row in judged.items():
+        one, apart = (
+            "" if math.isnan(t.value) else f"{t.value:.2f} [{t.low:.2f}, {t.high:.2f}]"
+            for t in (row.tau, row.apart)
+        )
+        lines.append(f"| {source} | {row.plans} | {one} | {apart} | {row.error:.3f} | {row.z:.2f} |")
+    return "\n".join(lines) + "\n"
+
+
+if __name__ == "__main__":
+    cli.run(main, Options, DESCRIPTION, EXAMPLES)

@@ -1,0 +1,163 @@
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from envs.budget import Budget
+from experiments import cli, survey, trials
+from experiments.build import prunable
+from experiments.candidates import draw_over_range
+from experiments.survey import KID, Options, SurveyFolder, collect
+from experiments.trials import Settings, Trial, TrialLog, TrialResult
+from gan.plans import Plan
+from gan.surrogate import load_surrogate
+from gan.tasks import Task
+from tests.gan.conftest import Pair, _pair, fake_extractor, pair, task
+
+__all__ = ["Pair", "_pair", "pair", "task"]  # fixtures
+
+OPTIONS = Options(task="tiny", budget="generator=0.4:0.9,discriminator=0.5:0.9", plans=16, elastic="dense")
+DENSE = 0.3
+
+
+def kid_of(plan: Plan) -> float:
+    """Falls with the generator's channels alone."""
+    return DENSE * (40 / sum(plan["generator"])) ** 0.5
+
+
+def finetuned(plan: Plan, seed: int, discriminator: str = "pruned", label: str = "p") -> TrialResult:
+    row = {KID: kid_of(plan) * (1 + 0.001 * seed)}
+    return TrialResult(Trial(label, plan, seed, discriminator), row, row, 0.0, 0.0, 1.0)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def tiny(task: Task, monkeypatch: pytest.MonkeyPatch) -> Task:
+    def fake_trials(
+        name: str, weights: str, jobs: Sequence[Trial], log: Path, *, on_done: Any, **settings: Any
+    ) -> None:
+        names = ("epochs", "split", "train_images", "judge_images", "device")
+        used = Settings(name, weights, **{key: settings[key] for key in names})
+        journal = TrialLog(log, used.fingerprint(task))
+        for trial in jobs:
+            if trial.key not in journal.results:
+                journal.append(finetuned(trial.plan, trial.seed, label=trial.label))
+                on_done(journal.results[trial.key])
+
+    monkeypatch.setattr(survey, "load_task", lambda *_: task)
+    monkeypatch.setattr(survey, "run_trials", fake_trials)
+    monkeypatch.setattr(survey, "dense_row", lambda *_: {KID: DENSE})
+    monkeypatch.setattr(trials, "load_extractor", lambda **_: fake_extractor())
+    return task
+
+
+def write_study(path: Path, task: Task, plans: Sequence[Plan], options: Options = OPTIONS) -> Path:
+    """Plans that another program has finetuned with two seeds, one of them beside the dense discriminator."""
+    path.mkdir()
+    log = TrialLog(path / "finetuned.jsonl", survey.settings_of(options).fingerprint(task))
+    for plan in plans:
+        for seed in (0, 1):
+            log.append(finetuned(plan, seed))
+    log.append(finetuned(plans[0].replace("generator", [4] * len(plans[0]["generator"])), 0, "dense"))
+    return path
+
+
+def test_budgets_are_spread_over_the_range(task: Task) -> None:
+    networks = prunable(task, "macs")
+    budgets = {"generator": Budget(0.35, 0.9), "discriminator": Budget(0.5, 0.9)}
+    plans = draw_over_range(networks, budgets, 20, np.random.default_rng(0), "l1")
+    shares = sorted(
+        float(networks["generator"].cost.macs(np.array(one.plan["generator"])))
+        / float(networks["generator"].cost.macs(networks["generator"].channels))
+        for one in plans
+    )
+    assert shares[0] < 0.45
+    assert 0.7 < shares[-1] <= 0.9
+    assert max(np.diff(shares)) < 0.25
+    assert draw_over_range(networks, budgets, 20, np.random.default_rng(0), "l1") == plans
+
+
+def test_the_road_and_its_resume(tiny: Task, tmp_path: Path) -> None:
+    random = np.random.default_rng(5)
+    others = [one.plan for one in survey.draw_over_range(
+        prunable(tiny, "macs"), survey.build_budgets(OPTIONS.budget), 6, random, "l1"
+    )]  # fmt: skip
+    study = write_study(tmp_path / "other", tiny, others)
+    output = tmp_path / "survey"
+    survey.main(replace(OPTIONS, join=(study,), output=output))
+    folder = SurveyFolder(output)
+    found = json.loads(folder.report.read_text())
+    assert list(found["sources"]) == ["survey", "other", "all"]
+    assert found["sources"]["all"]["plans"] == len({p.key for p in others} | own_keys(folder))
+    assert found["sources"]["all"]["tau"][0] > 0.8  # what is learnt is simple
+    assert found["sources"]["other"]["apart"][0] > 0.6
+    surrogate = load_surrogate(folder.surrogate)
+    assert surrogate.dense == DENSE
+    low, high = found["reach"]["macs"]["generator"]
+    assert surrogate.reach({"generator": tiny.cost_model("generator")}, "macs")["generator"] == (low, high)
+    assert 0.3 < low < 0.5 < 0.7 < high <= 0.9
+    assert folder.figure.read_bytes().startswith(b"\x89PNG")
+    before = folder.table.read_text(), folder.finetuned.read_bytes()
+    survey.main(Options(resume=output))
+    assert (folder.table.read_text(), folder.finetuned.read_bytes()) == before
+
+
+def own_keys(folder: SurveyFolder) -> set[str]:
+    return {Plan.from_dict(item).key for item in json.loads(folder.plans.read_text())}
+
+
+def test_equal_plans_are_taken_together_and_dense_discriminators_left_out(tiny: Task, tmp_path: Path) -> None:
+    output = tmp_path / "survey"
+    survey.main(replace(OPTIONS, output=output))
+    folder = SurveyFolder(output)
+    twin = Plan.from_dict(json.loads(folder.plans.read_text())[3])
+    study = write_study(tmp_path / "other", tiny, [twin])
+    rows = collect(replace(OPTIONS, join=(study,)), folder)
+    assert len(rows) == len(own_keys(folder))  # the plan beside the dense discriminator is not among them
+    (found,) = [row for row in rows if row.plan == twin]
+    assert found.source == "survey"
+    assert found.kid == pytest.approx((kid_of(twin), kid_of(twin), kid_of(twin) * 1.001))
+
+
+def test_studies_under_other_settings_are_refused(tiny: Task, tmp_path: Path) -> None:
+    plan = survey.draw_over_range(
+        prunable(tiny, "macs"), survey.build_budgets(OPTIONS.budget), 1, np.random.default_rng(0), "l1"
+    )[0].plan
+    study = write_study(tmp_path / "other", tiny, [plan], replace(OPTIONS, epochs=3))
+    with pytest.raises(survey.UserError, match="written with another finetuning"):
+        survey.open_survey(replace(OPTIONS, join=(study,), output=tmp_path / "survey"))
+    assert not (tmp_path / "survey").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("--plans 4", "--plans is 4; it must be 8 or more"),
+        ("--seeds 0", "--seeds is 0"),
+        ("--seed -1", "--seed is -1"),
+        ("--budget 0.000001", "cannot be reached"),
+        ("--join nowhere", "nowhere holds no finetuned plans"),
+        ("--found nowhere", "nowhere does not exist"),
+        ("--resume nowhere", "nowhere does not exist"),
+    ],
+)
+@pytest.mark.usefixtures("tiny")
+def test_bad_input_is_a_sentence(
+    arguments: str,
+    sentence: str,
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = ["--elastic", "dense", "--budget", "generator=0.4:0.9,discriminator=0.5:0.9", *arguments.split()]
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(survey.main, Options, "", (), given)
+    assert stopped.value.code == 2
+    assert sentence in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
