@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -20,8 +21,29 @@ from gan.errors import UserError
 from gan.evaluations import CountedScorer, EvaluationLog, PlanScorer, PrunableNetwork
 from gan.latency import read_latency, write_latency
 from gan.runtime import bfloat16_pays
-from gan.tasks import AGENTS, Task
+from gan.tasks import AGENTS, STATISTICS_IMAGES, Task
 from gan.training import FINETUNING, TrainingOptions
+
+
+class ImageCounts(NamedTuple):
+    """How many images a program works on; None = all.
+
+    Attributes:
+        probe: val images that plans are scored on.
+        statistics: train images behind the BatchNorm statistics of a slice.
+        train: images that finetuning learns from.
+        judged: images that finetuned networks are measured on.
+    """
+
+    probe: int | None
+    statistics: int
+    train: int | None
+    judged: int | None
+
+
+def image_counts(quick: bool) -> ImageCounts:
+    """All images, or the few of ``--quick``."""
+    return ImageCounts(16, 16, 48, 32) if quick else ImageCounts(None, STATISTICS_IMAGES, None, None)
 
 
 def build_budgets(text: str) -> dict[str, Budget]:

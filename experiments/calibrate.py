@@ -32,7 +32,15 @@ from experiments.agreement import (
     regret,
     reliability,
 )
-from experiments.build import build_budgets, check_reachable, fixed_shares, pick_device, prunable
+from experiments.build import (
+    ImageCounts,
+    build_budgets,
+    check_reachable,
+    fixed_shares,
+    image_counts,
+    pick_device,
+    prunable,
+)
 from experiments.candidates import NamedPlan, draw_plans, found_plan
 from experiments.figures import TERMS, Cloud, calibration, save_figure
 from experiments.runs import (
@@ -52,7 +60,7 @@ from gan.evaluations import CountedScorer, EvaluationLog, PrunableNetwork, Score
 from gan.files import file_hash, write_json, write_text
 from gan.plans import Plan
 from gan.surrogate import FEWEST, Example, Scope, Surrogate, cautious
-from gan.tasks import AGENTS, STATISTICS_IMAGES, Task, load_task
+from gan.tasks import AGENTS, Task, load_task
 
 DESCRIPTION = """Draws plans of equal cost, scores them, finetunes them with several seeds, and reports how
 well the score and each of its terms predict the finetuned result: Kendall's tau and the regret of the plan
@@ -127,16 +135,14 @@ class Sizes:
     plans: int
     seeds: int
     epochs: int
-    probe: int | None
-    statistics: int
-    train: int | None
-    judged: int | None
+    images: ImageCounts
 
     @classmethod
     def of(cls, options: Options) -> Sizes:
+        images = image_counts(options.quick)
         if options.quick:
-            return cls(min(options.plans, 5), min(options.seeds, 2), 1, 16, 16, 48, 32)
-        return cls(options.plans, options.seeds, options.epochs, None, STATISTICS_IMAGES, None, None)
+            return cls(min(options.plans, 5), min(options.seeds, 2), 1, images)
+        return cls(options.plans, options.seeds, options.epochs, images)
 
 
 @dataclass(frozen=True)
@@ -314,14 +320,7 @@ def score_files(texts: Sequence[str]) -> dict[str, str]:
 def settings_of(options: Options, weights: str) -> Settings:
     """What all trials of a study share."""
     sizes = Sizes.of(options)
-    return Settings(
-        options.task,
-        weights,
-        sizes.epochs,
-        train_images=sizes.train,
-        judge_images=sizes.judged,
-        device=pick_device(options.device),
-    )
+    return Settings.of(options.task, weights, sizes.epochs, sizes.images, options.device)
 
 
 def read_plans(folder: StudyFolder) -> list[NamedPlan]:
@@ -370,19 +369,7 @@ def work(options: Options, folder: StudyFolder, watch: Watch) -> None:
                 )
 
         settings = settings_of(options, options.elastic)
-        run_trials(
-            settings.task,
-            settings.weights,
-            trials,
-            folder.finetuned,
-            epochs=settings.epochs,
-            split=settings.split,
-            workers=options.workers,
-            on_done=on_done,
-            train_images=settings.train_images,
-            judge_images=settings.judge_images,
-            device=settings.device,
-        )
+        run_trials(settings, trials, folder.finetuned, workers=options.workers, on_done=on_done)
 
 
 def score(
@@ -400,8 +387,8 @@ def score(
         scorer = task.scorer(
             options.cost,
             weights=settings_of(options, weights).elastic(task),
-            probe=sizes.probe,
-            statistics_images=sizes.statistics,
+            probe=sizes.images.probe,
+            statistics_images=sizes.images.statistics,
         )
         counted = CountedScorer(scorer, EvaluationLog(folder.evaluations(name), scorer.fingerprint))
         References(counted, build_budgets(options.budget)).prepare(stage.at)

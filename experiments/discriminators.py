@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +20,14 @@ from rich.console import Console
 from envs.budget import check_reachable, keep_ratio, project, random_proportions, uniform_widths
 from experiments import cli
 from experiments.agreement import Interval, paired_difference
-from experiments.build import build_budgets, fixed_shares, pick_device, prunable
+from experiments.build import (
+    ImageCounts,
+    build_budgets,
+    fixed_shares,
+    image_counts,
+    pick_device,
+    prunable,
+)
 from experiments.candidates import found_plan, shape_proportions
 from experiments.figures import Estimates, intervals, save_figure
 from experiments.runs import (
@@ -38,7 +45,7 @@ from gan.errors import UserError
 from gan.evaluations import CountedScorer, EvaluationLog, PrunableNetwork
 from gan.files import write_json, write_text
 from gan.plans import Plan
-from gan.tasks import AGENTS, STATISTICS_IMAGES, load_task
+from gan.tasks import AGENTS, load_task
 
 DESCRIPTION = """Finetunes the same generators beside different discriminators: the whole dense one, ones cut
 evenly to several shares, and those that the balance gap likes best and least. Compares them on val images."""
@@ -107,16 +114,14 @@ class Sizes:
     drawn: int
     seeds: int
     epochs: int
-    probe: int | None
-    statistics: int
-    train: int | None
-    judged: int | None
+    images: ImageCounts
 
     @classmethod
     def of(cls, options: Options) -> Sizes:
+        images = image_counts(options.quick)
         if options.quick:
-            return cls(8, min(options.seeds, 2), 1, 16, 16, 48, 32)
-        return cls(DRAWN, options.seeds, options.epochs, None, STATISTICS_IMAGES, None, None)
+            return cls(8, min(options.seeds, 2), 1, images)
+        return cls(DRAWN, options.seeds, options.epochs, images)
 
 
 @dataclass(frozen=True)
@@ -192,14 +197,7 @@ def shares_of(options: Options) -> dict[str, float]:
 def settings_of(options: Options) -> Settings:
     """What all finetunings of a study share."""
     sizes = Sizes.of(options)
-    return Settings(
-        options.task,
-        options.elastic,
-        sizes.epochs,
-        train_images=sizes.train,
-        judge_images=sizes.judged,
-        device=pick_device(options.device),
-    )
+    return Settings.of(options.task, options.elastic, sizes.epochs, sizes.images, options.device)
 
 
 # The pairs
@@ -252,7 +250,10 @@ def choose(options: Options, folder: RunFolder, watch: Watch) -> dict[str, Any]:
     with watch.stage("balance gaps", len(generators) * len(drawn)) as stage:
         weights = settings_of(options).elastic(task)
         scorer = task.scorer(
-            options.cost, weights=weights, probe=sizes.probe, statistics_images=sizes.statistics
+            options.cost,
+            weights=weights,
+            probe=sizes.images.probe,
+            statistics_images=sizes.images.statistics,
         )
         log = EvaluationLog(folder.path / "evaluations.jsonl", scorer.fingerprint)
         counted = CountedScorer(scorer, log)
@@ -312,13 +313,8 @@ def finetune_all(
         def on_done(result: TrialResult) -> None:
             stage.advance(note=f"{result.trial.label} {result.row[KID]:.3f}")
 
-        results = run_trials(
-            trials=list(trials.values()),
-            log=folder.path / "trials.jsonl",
-            workers=options.workers,
-            on_done=on_done,
-            **asdict(settings),
-        )
+        log = folder.path / "trials.jsonl"
+        results = run_trials(settings, list(trials.values()), log, workers=options.workers, on_done=on_done)
     network = prunable(load_task(options.task), options.cost)["discriminator"]
     rows = dict(zip(trials, (figures(result, network) for result in results), strict=True))
     return {

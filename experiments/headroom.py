@@ -24,10 +24,12 @@ from envs.rewards import Weights
 from experiments import cli
 from experiments.agreement import Interval, paired_difference
 from experiments.build import (
+    ImageCounts,
     build_budgets,
     build_env,
     build_learner,
     check_reachable,
+    image_counts,
     pick_device,
     with_latency,
 )
@@ -42,14 +44,14 @@ from experiments.runs import (
     read_json,
     resumed_options,
 )
-from experiments.trials import Trial, TrialResult, run_trials
+from experiments.trials import Settings, Trial, TrialResult, run_trials
 from experiments.watch import Watch
 from gan.cost import CostKind
 from gan.elastic import ElasticNetwork
 from gan.errors import UserError, unknown
 from gan.files import write_json, write_text
 from gan.plans import Plan
-from gan.tasks import STATISTICS_IMAGES, TASKS, Task, load_elastic, load_task
+from gan.tasks import TASKS, Task, load_elastic, load_task
 
 DESCRIPTION = """Searches each cell (task, cost, budget) with many evaluations, finetunes the plan found, some
 hand-made shapes and the uniform plan with several seeds, and compares them on the test images."""
@@ -111,16 +113,14 @@ class Sizes:
     evaluations: int
     seeds: int
     epochs: int
-    probe: int | None
-    statistics: int
-    train: int | None
-    test: int | None
+    images: ImageCounts
 
     @classmethod
     def of(cls, options: Options) -> Sizes:
+        images = image_counts(options.quick)
         if options.quick:
-            return cls(min(options.evaluations, 24), min(options.seeds, 2), 1, 16, 16, 48, 32)
-        return cls(options.evaluations, options.seeds, options.epochs, None, STATISTICS_IMAGES, None, None)
+            return cls(min(options.evaluations, 24), min(options.seeds, 2), 1, images)
+        return cls(options.evaluations, options.seeds, options.epochs, images)
 
 
 @dataclass(frozen=True)
@@ -318,19 +318,9 @@ def run_cell(cell: Cell, folder: CellFolder, options: Options, watch: Watch) -> 
         def on_done(result: TrialResult) -> None:
             stage.advance(note=f"{result.trial.label} {result.row[KID]:.3f}")
 
-        results = run_trials(
-            cell.task,
-            options.elastic or "elastic",
-            trials,
-            folder.trials,
-            epochs=sizes.epochs,
-            split="test",
-            workers=options.workers,
-            on_done=on_done,
-            train_images=sizes.train,
-            judge_images=sizes.test,
-            device=pick_device(options.device),
-        )
+        weights = str(options.elastic or "elastic")
+        settings = Settings.of(cell.task, weights, sizes.epochs, sizes.images, options.device, "test")
+        results = run_trials(settings, trials, folder.trials, workers=options.workers, on_done=on_done)
     content = {"cell": cell, "search": found["search"], "plans": found["plans"], "rows": summarise(results)}
     write_json(folder.result, plain(content))
     return read_json(folder.result)
@@ -346,12 +336,12 @@ def search(cell: Cell, folder: CellFolder, options: Options, watch: Watch) -> di
     if cell.cost == "latency":
         task = with_latency(task, folder.latency)
     with watch.stage("scorer"):
-        shipped = options.elastic is None and sizes.probe is None
+        shipped = options.elastic is None and sizes.images.probe is None
         scorer = task.scorer(
             cell.cost,
             weights=elastic_weights(task, options),
-            probe=sizes.probe,
-            statistics_images=sizes.statistics,
+            probe=sizes.images.probe,
+            statistics_images=sizes.images.statistics,
             surrogate=task.surrogate(cell.cost, budget_ends(cell.budgets)) if shipped else None,
         )
     env = build_env(

@@ -29,7 +29,7 @@ EXAMPLES = (
     ("python experiments/pretrain_gan.py", "remake the embedded pair, about 30 minutes on 2 cores"),
     ("python experiments/pretrain_gan.py --training.epochs 5 --output try", "a short look"),
     (
-        "python experiments/pretrain_gan.py --task edges2emoji-resnet --training.amp --training.epochs 70",
+        "python experiments/pretrain_gan.py --task edges2emoji_resnet --training.amp --training.epochs 70",
         "remake the ResNet's pair",
     ),
 )

@@ -20,7 +20,14 @@ from rich.console import Console
 
 from experiments import cli
 from experiments.agreement import Interval, kendall_interval
-from experiments.build import build_budgets, check_reachable, pick_device, prunable, with_latency
+from experiments.build import (
+    build_budgets,
+    check_reachable,
+    image_counts,
+    pick_device,
+    prunable,
+    with_latency,
+)
 from experiments.candidates import NamedPlan, draw_over_range, found_plan
 from experiments.figures import Cloud, calibration, save_figure
 from experiments.runs import (
@@ -94,18 +101,16 @@ class Options:
 
 @dataclass(frozen=True)
 class Sizes:
-    """What ``--quick`` makes small; None = all."""
+    """What ``--quick`` makes small, beside the images."""
 
     plans: int
     epochs: int
-    train: int | None
-    judged: int | None
 
     @classmethod
     def of(cls, options: Options) -> Sizes:
         if options.quick:
-            return cls(min(options.plans, FEWEST_PLANS), 1, 48, 32)
-        return cls(options.plans, options.epochs, None, None)
+            return cls(min(options.plans, FEWEST_PLANS), 1)
+        return cls(options.plans, options.epochs)
 
 
 @dataclass(frozen=True)
@@ -240,15 +245,8 @@ def open_survey(options: Options) -> tuple[Options, RunFolder]:
 
 def settings_of(options: Options) -> Settings:
     """What all trials share."""
-    sizes = Sizes.of(options)
-    return Settings(
-        options.task,
-        options.elastic,
-        sizes.epochs,
-        train_images=sizes.train,
-        judge_images=sizes.judged,
-        device=pick_device(options.device),
-    )
+    epochs, images = Sizes.of(options).epochs, image_counts(options.quick)
+    return Settings.of(options.task, options.elastic, epochs, images, options.device)
 
 
 def plan_of_run(path: Path, task: Task) -> NamedPlan:
@@ -296,19 +294,7 @@ def work(options: Options, folder: SurveyFolder, watch: Watch) -> None:
         def on_done(result: TrialResult) -> None:
             stage.advance(note=f"{result.trial.label} {result.row[KID]:.3f}")
 
-        run_trials(
-            settings.task,
-            settings.weights,
-            trials,
-            folder.finetuned,
-            epochs=settings.epochs,
-            split=settings.split,
-            workers=options.workers,
-            on_done=on_done,
-            train_images=settings.train_images,
-            judge_images=settings.judge_images,
-            device=settings.device,
-        )
+        run_trials(settings, trials, folder.finetuned, workers=options.workers, on_done=on_done)
 
 
 def collect(options: Options, folder: SurveyFolder) -> list[Finetuned]:

@@ -20,11 +20,13 @@ from envs.records import Evaluation
 from envs.rewards import Weights
 from experiments import cli
 from experiments.build import (
+    ImageCounts,
     build_budgets,
     build_env,
     build_learner,
     check_reachable,
     finetuning,
+    image_counts,
     pick_device,
     warm_up,
     with_latency,
@@ -54,7 +56,7 @@ from gan.files import file_hash, write_json
 from gan.plans import Plan
 from gan.scoring import run_batched
 from gan.surrogate import Surrogate
-from gan.tasks import AGENTS, STATISTICS_IMAGES, Task, load_elastic, load_task, save_elastic
+from gan.tasks import AGENTS, Task, load_elastic, load_task, save_elastic
 from gan.training import Lessons, TrainingOptions, TrainingProgress, finetune
 
 Pair = tuple[nn.Module, nn.Module]
@@ -113,16 +115,14 @@ class Sizes:
 
     evaluations: int
     epochs: int
-    probe: int | None
-    statistics: int
-    train: int | None
-    test: int | None
+    images: ImageCounts
 
     @classmethod
     def of(cls, options: Options) -> Sizes:
+        images = image_counts(options.quick)
         if options.quick:
-            return cls(min(options.evaluations, 24), 1, 16, 16, 48, 32)
-        return cls(options.evaluations, options.epochs, None, STATISTICS_IMAGES, None, None)
+            return cls(min(options.evaluations, 24), 1, images)
+        return cls(options.evaluations, options.epochs, images)
 
 
 def main(options: Options) -> None:
@@ -189,8 +189,8 @@ def run(options: Options, folder: RunFolder, console: Console) -> None:
         task = load_task(options.task, pick_device(options.device))
         if options.cost == "latency":
             task = with_latency(task, folder.latency)
-        train = task.train if sizes.train is None else task.train.take(sizes.train)
-        test = task.test if sizes.test is None else task.test.take(sizes.test)
+        train = task.train if sizes.images.train is None else task.train.take(sizes.images.train)
+        test = task.test if sizes.images.judged is None else task.test.take(sizes.images.judged)
     weights = prepare_weights(options, task, folder, watch)
     best, uniform = search(options, sizes, task, weights, folder, watch)
     console.print(f"best plan: {describe(best)}", highlight=False, soft_wrap=True)
@@ -290,8 +290,8 @@ def search(
         scorer = task.scorer(
             options.cost,
             weights=weights,
-            probe=sizes.probe,
-            statistics_images=sizes.statistics,
+            probe=sizes.images.probe,
+            statistics_images=sizes.images.statistics,
             surrogate=find_surrogate(options, sizes, task),
         )
     env = build_env(
@@ -340,7 +340,7 @@ def search(
 
 def find_surrogate(options: Options, sizes: Sizes, task: Task) -> Surrogate | None:
     """Predictions of finetuned results, where those that come with the task hold."""
-    shipped = options.start == "elastic" and not options.warm_up and sizes.probe is None
+    shipped = options.start == "elastic" and not options.warm_up and sizes.images.probe is None
     return task.surrogate(options.cost, budget_ends(build_budgets(options.budget))) if shipped else None
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from experiments.build import finetuning
+from experiments.build import ImageCounts, finetuning, pick_device
 from experiments.workers import work_off
 from gan.append_log import AppendLog
 from gan.checkpoints import state_hash
@@ -116,6 +116,19 @@ class Settings:
     train_images: int | None = None
     judge_images: int | None = None
     device: str = "cpu"
+
+    @classmethod
+    def of(
+        cls,
+        task: str,
+        weights: str,
+        epochs: int,
+        images: ImageCounts,
+        device: str,
+        split: Split = "val",
+    ) -> Settings:
+        """Those of a program: ``device`` as in ``--device``, the images by their counts."""
+        return cls(task, weights, epochs, split, images.train, images.judged, pick_device(device))
 
     def check(self) -> None:
         """Refuse what no trial can use.
@@ -257,18 +270,12 @@ class TrialLog:
 
 
 def run_trials(
-    task: str,
-    weights: str | Path,
+    settings: Settings,
     trials: Sequence[Trial],
     log: Path,
     *,
-    epochs: int,
-    split: Split = "val",
     workers: int = 2,
     on_done: Callable[[TrialResult], None] | None = None,
-    train_images: int | None = None,
-    judge_images: int | None = None,
-    device: str = "cpu",
 ) -> list[TrialResult]:
     """Finetune plans and measure them; what the log has already is not done again.
 
@@ -276,15 +283,11 @@ def run_trials(
     the log, a line per finished trial, so an interruption costs the trials under way and nothing else.
 
     Args:
-        task: an embedded task.
-        weights: ``elastic``, ``dense``, or a file of elastic weights.
+        settings: what all of them share.
         trials: what to do; equal plans and seeds are done once.
         log: ``.jsonl`` file to read and to append to.
-        epochs: of finetuning.
-        split: images that the results are measured on.
         workers: processes.
         on_done: called after each new trial.
-        train_images, judge_images, device: see :class:`Settings`.
 
     Returns:
         One result per trial, in their order.
@@ -294,11 +297,10 @@ def run_trials(
             diverges, or a worker that was killed.
         RuntimeError: a defect in a worker, with its traceback.
     """
-    settings = Settings(task, str(weights), epochs, split, train_images, judge_images, device)
     settings.check()
     if workers < 1:
         raise UserError(f"{workers} workers cannot finetune; take 1 or more")
-    loaded = load_task(task, device)
+    loaded = load_task(settings.task, settings.device)
     settings.elastic(loaded)  # refused here, where it is a sentence
     journal = TrialLog(log, settings.fingerprint(loaded))
 

@@ -58,7 +58,7 @@ TASKS: dict[str, TaskRecipe] = {
         Architecture("unet_64", base_width=32),
         _PATCH_GAN,
     ),
-    "edges2emoji-resnet": TaskRecipe(
+    "edges2emoji_resnet": TaskRecipe(
         "the same images, CycleGAN's generator: six residual blocks, instance norm",
         "edges2emoji",
         Architecture("resnet_6blocks", base_width=24, norm="instance"),

@@ -11,7 +11,7 @@ import pytest
 import gan.tasks
 from experiments import cli, discriminators
 from experiments.discriminators import FULL, KID, LARGEST, MEAN, SMALLEST, Options
-from experiments.trials import Trial, TrialResult
+from experiments.trials import Settings, Trial, TrialResult
 from gan.cost import DEFAULT_COST
 from gan.tasks import Task
 from tests.gan.conftest import Pair, _pair, fake_extractor, pair, task
@@ -23,9 +23,11 @@ OPTIONS = Options(
 )
 
 
-def fake_trials(*, trials: Sequence[Trial], on_done: Any, split: str, **_: Any) -> list[TrialResult]:
+def fake_trials(
+    settings: Settings, trials: Sequence[Trial], log: Path, *, on_done: Any, **_: Any
+) -> list[TrialResult]:
     """KID falls by 0.1 beside a slice; seeds differ by 1."""
-    assert split == "val"
+    assert settings.split == "val"
     results = []
     for trial in trials:
         kid = 2.0 + trial.seed - (0.1 if trial.discriminator == "pruned" else 0.0)

@@ -16,7 +16,7 @@ from agents.registry import build_agent
 from envs.toy import toy_env, toy_network
 from experiments import cli, headroom
 from experiments.headroom import SHAPES, Cell, compare_plans, shape_proportions, summarise
-from experiments.trials import Trial, TrialResult
+from experiments.trials import Settings, Trial, TrialResult
 from gan.errors import UserError
 from gan.groups import ChannelGroup
 from gan.latency import LatencyTable, measure_latency
@@ -103,9 +103,9 @@ class Work:
         return compare_plans(env)
 
     def run_trials(
-        self, task: str, weights: str, trials: Sequence[Trial], log: Path, *, on_done: Any, **more: Any
+        self, settings: Settings, trials: Sequence[Trial], log: Path, *, on_done: Any, **_: Any
     ) -> list[TrialResult]:
-        assert (task, weights, more["split"]) == ("edges2emoji", "elastic", "test")
+        assert (settings.task, settings.weights, settings.split) == ("edges2emoji", "elastic", "test")
         known = set(log.read_text().splitlines()) if log.exists() else set()
         done = []
         for trial in trials:

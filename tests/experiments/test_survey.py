@@ -38,12 +38,8 @@ def finetuned(plan: Plan, seed: int, discriminator: str = "pruned", label: str =
 
 @pytest.fixture
 def tiny(task: Task, monkeypatch: pytest.MonkeyPatch) -> Task:
-    def fake_trials(
-        name: str, weights: str, jobs: Sequence[Trial], log: Path, *, on_done: Any, **settings: Any
-    ) -> None:
-        names = ("epochs", "split", "train_images", "judge_images", "device")
-        used = Settings(name, weights, **{key: settings[key] for key in names})
-        journal = TrialLog(log, used.fingerprint(task))
+    def fake_trials(settings: Settings, jobs: Sequence[Trial], log: Path, *, on_done: Any, **_: Any) -> None:
+        journal = TrialLog(log, settings.fingerprint(task))
         for trial in jobs:
             if trial.key not in journal.results:
                 journal.append(finetuned(trial.plan, trial.seed, label=trial.label))

@@ -4,6 +4,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -130,9 +131,10 @@ def test_the_fingerprint_names_what_results_depend_on(
     ],
 )
 def test_bad_input_is_a_sentence(change: dict[str, object], sentence: str, tmp_path: Path) -> None:
-    arguments = {"task": "edges2emoji", "weights": "dense", "epochs": 1, "workers": 1, **change}
+    arguments: dict[str, Any] = {"task": "edges2emoji", "weights": "dense", "epochs": 1, **change}
+    workers = arguments.pop("workers", 1)
     with pytest.raises(UserError, match=sentence):
-        run_trials(trials=[], log=tmp_path / "x.jsonl", **arguments)  # type: ignore[arg-type]
+        run_trials(Settings(**arguments), [], tmp_path / "x.jsonl", workers=workers)
     assert not list(tmp_path.iterdir())
 
 
@@ -151,14 +153,14 @@ def test_only_new_trials_are_done(
     monkeypatch.setattr(trials, "load_task", lambda *_: task)
     wanted = [Trial("a", PLAN, 0), Trial("b", OTHER, 0), Trial("a again", PLAN, 0)]
     log, told = tmp_path / "x.jsonl", []
-    run_trials("tiny", "dense", wanted[:1], log, epochs=2, on_done=told.append)
-    found = run_trials("tiny", "dense", wanted, log, epochs=2, on_done=told.append)
+    run_trials(SETTINGS, wanted[:1], log, on_done=told.append)
+    found = run_trials(SETTINGS, wanted, log, on_done=told.append)
     assert asked == [["a"], ["b"]]
     assert [one.trial for one in told] == wanted[:2]
     assert [one.trial for one in found] == wanted
     assert found[0].row == found[2].row == told[0].row
     with pytest.raises(UserError, match="another finetuning"):
-        run_trials("tiny", "dense", wanted, log, epochs=3)
+        run_trials(replace(SETTINGS, epochs=3), wanted, log)
 
 
 @pytest.mark.slow
@@ -168,9 +170,7 @@ def test_trials_in_processes_are_those_of_one(tmp_path: Path) -> None:
     generator, discriminator = (8, 20, 40, 80, 80, 80, 80, 76, 40, 20, 8), (22, 44, 90, 178)
     plan = Plan.of({"generator": generator, "discriminator": discriminator}, "l1")
     jobs = [Trial("uniform", plan, seed) for seed in (0, 1)]
-    found = run_trials(
-        "edges2emoji", "elastic", jobs, tmp_path / "x.jsonl", epochs=1, train_images=32, judge_images=16
-    )
+    found = run_trials(settings, jobs, tmp_path / "x.jsonl")
     weights: Mapping[str, ElasticNetwork] = load_task("edges2emoji").shipped_elastic()
     alone = Workbench(load_task("edges2emoji"), weights, settings)
     assert [steady(one.row) for one in found] == [steady(alone(job).row) for job in jobs]
