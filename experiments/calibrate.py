@@ -59,7 +59,7 @@ from gan.errors import UserError
 from gan.evaluations import CountedScorer, EvaluationLog, PrunableNetwork, Scores
 from gan.files import file_hash, write_json, write_text
 from gan.plans import Plan
-from gan.surrogate import FEWEST, Example, Scope, Surrogate, cautious
+from gan.surrogate import FEWEST, Example, Scope, Surrogate, cautious, layouts, load_surrogate
 from gan.tasks import AGENTS, Task, load_task
 
 DESCRIPTION = """Draws plans of equal cost, scores them, finetunes them with several seeds, and reports how
@@ -109,6 +109,9 @@ class Options:
     """NAME=FILE …: score the same plans with these elastic weights too; the finetuned results stay."""
     weights: Weights = field(default_factory=Weights)
     """Weights of the reward families in the total; also when a study is resumed."""
+    surrogate: Path | None = None
+    """Report on these predictions (survey.py), not on ones fitted to this study's plans alone; also when a
+    study is resumed. Plans among their examples are predicted by the others."""
     seed: int = 0
     """Of the drawn plans."""
     workers: int = 2
@@ -125,7 +128,7 @@ class Options:
     """Few plans, images and epochs: a look around, no result."""
 
 
-FREE_ON_RESUME = ("resume", "report", "workers", "weights", "score_with")
+FREE_ON_RESUME = ("resume", "report", "workers", "weights", "score_with", "surrogate")
 
 
 @dataclass(frozen=True)
@@ -225,6 +228,8 @@ def open_study(options: Options) -> tuple[Options, StudyFolder]:
     if options.workers < 1:
         raise UserError(f"--workers is {options.workers}; it must be 1 or more")
     extra = score_files(options.score_with)
+    if options.surrogate is not None:
+        load_surrogate(options.surrogate)
     if options.resume is not None:
         return reopen_study(options, options.resume)
     if options.report:
@@ -281,6 +286,7 @@ def reopen_study(options: Options, path: Path) -> tuple[Options, StudyFolder]:
         own,
         score_with=tuple(f"{name}={file}" for name, file in files.items()),
         weights=options.weights,
+        surrogate=options.surrogate or own.surrogate,
         workers=options.workers,
         resume=path,
         report=options.report,
@@ -473,7 +479,7 @@ class Study:
         raw: metric → (k,) before it.
         columns: what was scored.
         notes: what is not finished.
-        surrogate: fitted to the finished plans; None where they are too few.
+        surrogate: the given one, or fitted to the finished plans; None where they are too few.
     """
 
     plans: tuple[NamedPlan, ...]
@@ -502,7 +508,11 @@ def read_study(options: Options, folder: StudyFolder) -> Study:
         )
     notes = [] if len(done) == len(plans) else [f"{len(done)} of {len(plans)} plans are finished"]
     rows = [results[named.label] for named in done]
-    surrogate = fit_surrogate(options, folder, networks, done, rows)
+    surrogate = (
+        fit_surrogate(options, folder, networks, done, rows)
+        if options.surrogate is None
+        else load_surrogate(options.surrogate)
+    )
     columns: list[Column] = []
     for name in folder.scored:
         told = surrogate if name == OWN else None
@@ -540,8 +550,8 @@ def fit_surrogate(
         for named, row in zip(plans, results, strict=True)
     ]
     scope = Scope(dense["weights"], KID, str(header.get("formulas", "")))
-    channels = {agent: network.channels.tolist() for agent, network in networks.items()}
-    return Surrogate(examples, dense["row"][KID], channels, SEEN, scope)
+    known_groups = {agent: network.groups for agent, network in networks.items()}
+    return Surrogate(examples, dense["row"][KID], layouts(known_groups), SEEN, scope)
 
 
 class Predicting:
@@ -652,7 +662,7 @@ def report(options: Options, folder: StudyFolder, console: Console) -> None:
         "plans": plan_rows(options, study),
     }
     write_json(folder.calibration, plain(document))
-    if study.surrogate is not None:
+    if study.surrogate is not None and options.surrogate is None:
         study.surrogate.save(folder.surrogate)
     rows = table_rows(study, found)
     write_text(folder.table, markdown(options, study, facts, rows))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -37,6 +37,7 @@ from experiments.runs import (
     open_run,
     plain,
     read_json,
+    read_options,
     resumed_options,
 )
 from experiments.trials import Settings, Trial, TrialLog, TrialResult, dense_row, run_trials
@@ -45,7 +46,7 @@ from gan.errors import UserError
 from gan.files import write_json, write_text
 from gan.plans import Plan
 from gan.scoring import FORMULAS
-from gan.surrogate import CAUTION, Example, Scope, Surrogate
+from gan.surrogate import CAUTION, Example, Scope, Surrogate, layouts
 from gan.tasks import AGENTS, Task, load_task
 
 DESCRIPTION = """Finetunes random plans over a range of budgets and fits the predicted recovery to them: the
@@ -59,8 +60,8 @@ EXAMPLES = (
 KID = "kid_efficientnet_lite0"
 OWN, FOUND = "survey", "found"
 FEWEST_PLANS = 8
-FREE_ON_RESUME = ("resume", "workers")
-"""Options that may differ from those of the interrupted study: no result depends on them."""
+FREE_ON_RESUME = ("resume", "workers", "join")
+"""Options that may differ from those of the interrupted survey: no finetuning depends on them."""
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,8 @@ class Options:
     found: tuple[Path, ...] = ()
     """Runs whose best plans are finetuned too."""
     join: tuple[Path, ...] = ()
-    """Folders of calibrate.py, discriminators.py or survey.py whose finetuned plans join."""
+    """Folders of calibrate.py, discriminators.py or survey.py whose finetuned plans join; also when a survey
+    is resumed."""
     seed: int = 0
     """Of the drawn plans."""
     workers: int = 2
@@ -217,7 +219,12 @@ def open_survey(options: Options) -> tuple[Options, RunFolder]:
         made = open_run(options.resume)
         if not SurveyFolder(made.path).plans.is_file():
             raise UserError(f"{made.path} is no survey: it has no plans.json; name a folder of survey.py")
-        return resumed_options(made, options, FREE_ON_RESUME), made
+        known = resumed_options(made, options, FREE_ON_RESUME)
+        known = replace(known, join=options.join or read_options(made, Options).join)
+        settings = settings_of(known)
+        for path in known.join:
+            joined(path, settings, load_task(settings.task, settings.device))
+        return known, made
     for name, least in (("plans", FEWEST_PLANS), ("seeds", 1), ("epochs", 1), ("workers", 1)):
         if getattr(options, name) < least:
             raise UserError(f"--{name} is {getattr(options, name)}; it must be {least} or more")
@@ -318,9 +325,8 @@ def fit(plans: Sequence[Finetuned], options: Options, folder: SurveyFolder) -> S
     settings = settings_of(options)
     task = load_task(settings.task, settings.device)
     scope = Scope(settings.fingerprint(task)["weights"], KID, FORMULAS)
-    channels = {agent: [group.channels for group in task.groups[agent]] for agent in AGENTS}
     examples = [Example(one.plan, {}, statistics.fmean(one.kid)) for one in plans]
-    return Surrogate(examples, read_json(folder.dense)[KID], channels, (), scope)
+    return Surrogate(examples, read_json(folder.dense)[KID], layouts(task.groups), (), scope)
 
 
 def judge(plans: Sequence[Finetuned], surrogate: Surrogate) -> tuple[dict[str, Judged], NDArray[np.float64]]:

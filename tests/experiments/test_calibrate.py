@@ -23,7 +23,7 @@ from gan.errors import UserError
 from gan.evaluations import FAMILIES, CountedScorer, EvaluationLog, Scores
 from gan.files import write_json
 from gan.plans import Plan
-from gan.surrogate import cautious, load_surrogate
+from gan.surrogate import Surrogate, cautious, load_surrogate
 from gan.tasks import Task
 from tests.gan.conftest import Pair, _pair, pair, task
 
@@ -125,6 +125,29 @@ def test_finished_plans_become_a_surrogate(study: tuple[Options, StudyFolder]) -
     unseen = [cautious(*prediction) for prediction in surrogate.leave_one_out()]
     shown = [row["predictors"]["default/recovery_gap"] for row in found["plans"]]
     assert shown == pytest.approx(unseen)
+
+
+def test_other_predictions_can_be_reported_on(study: tuple[Options, StudyFolder], tmp_path: Path) -> None:
+    """Plans among their examples are predicted by the others, all others by all."""
+    options, folder = study
+    plans = calibrate.read_plans(folder)
+    write_results(folder, trials_of(plans, 2))
+    write_json(folder.dense, {"row": {KID: 0.2}, "weights": "0123"})
+    report(options, folder, Console(quiet=True))
+    own = load_surrogate(folder.surrogate)
+    folder.surrogate.unlink()
+    widened = own.examples[0].plan.replace("generator", [8, 8, 8, 8, 8])
+    examples = [replace(own.examples[0], plan=widened, metric=0.9), *own.examples[1:]]
+    given = Surrogate(examples, own.dense, own.networks, own.terms, own.scope)
+    path = given.save(tmp_path / "given.json")
+    report(replace(options, surrogate=path), folder, Console(quiet=True))
+    shown = {
+        row["label"]: row["predictors"]["default/recovery_gap"]
+        for row in read_json(folder.calibration)["plans"]
+    }
+    assert shown[plans[0].label] == pytest.approx(given.gap(plans[0].plan, {}))
+    assert shown[plans[3].label] == pytest.approx(cautious(*given.leave_one_out()[3]))
+    assert not folder.surrogate.exists()
 
 
 def test_weights_change_the_total_and_nothing_else(study: tuple[Options, StudyFolder]) -> None:

@@ -9,10 +9,11 @@ import numpy as np
 import pytest
 
 from gan.errors import UserError
+from gan.groups import ChannelGroup
 from gan.plans import Plan
-from gan.surrogate import CAUTION, Example, Scope, Surrogate, cautious, load_surrogate
+from gan.surrogate import CAUTION, Example, Layout, Scope, Surrogate, cautious, layouts, load_surrogate
 
-CHANNELS = {"generator": (32, 64, 32), "discriminator": (16, 16)}
+NETWORKS = {"generator": Layout((32, 64, 32), (0, 1, 2)), "discriminator": Layout((16, 16), (0, 0))}
 SCOPE = Scope("0123", "kid", "2")
 TERMS = ("crowd_gap", "l1_gap")
 
@@ -38,7 +39,7 @@ def examples(count: int, seed: int = 0) -> list[Example]:
 
 @pytest.fixture(scope="module")
 def surrogate() -> Surrogate:
-    return Surrogate(examples(30), 0.3, CHANNELS, TERMS, SCOPE)
+    return Surrogate(examples(30), 0.3, NETWORKS, TERMS, SCOPE)
 
 
 def test_it_learns_what_the_examples_follow(surrogate):
@@ -65,7 +66,7 @@ def test_the_gap_is_cautious_and_says_when_a_plan_ends_better_than_the_dense_pai
 def test_leaving_one_out_is_a_prediction_without_that_example(surrogate):
     found = surrogate.leave_one_out()[4]
     rest = [example for place, example in enumerate(surrogate.examples) if place != 4]
-    without = Surrogate(rest, 0.3, CHANNELS, TERMS, SCOPE, theta=surrogate.theta)
+    without = Surrogate(rest, 0.3, NETWORKS, TERMS, SCOPE)
     left = surrogate.examples[4]
     # the units of the inputs differ by one example's share
     assert found == pytest.approx(without.predict(left.plan, left.gaps), abs=0.02)
@@ -88,7 +89,7 @@ def test_its_fingerprint_sees_the_examples(surrogate):
     other = Surrogate(
         [replace(first, metric=first.metric * 1.1), *surrogate.examples[1:]],
         0.3,
-        CHANNELS,
+        NETWORKS,
         TERMS,
         SCOPE,
         surrogate.theta,
@@ -96,13 +97,40 @@ def test_its_fingerprint_sees_the_examples(surrogate):
     assert other.fingerprint != surrogate.fingerprint
 
 
+def test_groups_of_one_level_go_in_together(surrogate):
+    groups = [ChannelGroup(f"g{i}", 16, (), "conv", 4, 2, height) for i, height in enumerate((32, 8, 32))]
+    found = layouts({"generator": groups, "discriminator": groups})
+    assert found["generator"] == Layout((16, 16, 16), (0, 1, 0))
+    assert found["discriminator"] == Layout((16, 16, 16), (0, 0, 0))
+    assert found["generator"].inputs((16, 4, 4)) == pytest.approx([math.log(0.5), math.log(0.25)])
+    assert found["discriminator"].inputs((16, 4, 4)) == pytest.approx([math.log(0.25) * 2 / 3])
+
+
+def test_it_covers_budgets_between_its_examples(surrogate):
+    """The first widths of the examples are 4 to 32 of 32: a cost that counts them reaches from 1/8 to 1."""
+    reach = surrogate.reach({"generator": FirstWidth()}, "macs")["generator"]
+    firsts = [example.plan["generator"][0] / 32 for example in surrogate.examples]
+    assert reach == (min(firsts), max(firsts))
+    for low, high, inside in ((0.2, 0.9, True), (0.01, 0.5, False), (reach[0], reach[1], True)):
+        assert surrogate.covers({"generator": FirstWidth()}, "macs", {"generator": (low, high)}) is inside
+
+
+class FirstWidth:
+    """A cost model for which only the first group costs anything."""
+
+    dense = np.array([32, 64, 32])
+
+    def of(self, kind, widths):
+        return np.asarray(widths, dtype=np.float64)[..., 0]
+
+
 def test_too_few_examples_and_useless_metrics_are_refused():
     with pytest.raises(UserError, match="8 finetuned plans or more; got 5"):
-        Surrogate(examples(5), 0.3, CHANNELS, TERMS, SCOPE)
+        Surrogate(examples(5), 0.3, NETWORKS, TERMS, SCOPE)
     for bad in (0.0, -0.1, math.nan):
         rows = examples(9)
         with pytest.raises(UserError, match="above 0"):
-            Surrogate([replace(rows[0], metric=bad), *rows[1:]], 0.3, CHANNELS, TERMS, SCOPE)
+            Surrogate([replace(rows[0], metric=bad), *rows[1:]], 0.3, NETWORKS, TERMS, SCOPE)
 
 
 @pytest.mark.parametrize("damage", ["{", "[]", '{"format": 1}', '{"format": 99}'])
