@@ -59,7 +59,7 @@ from gan.errors import UserError
 from gan.evaluations import CountedScorer, EvaluationLog, PrunableNetwork, Scores
 from gan.files import file_hash, write_json, write_text
 from gan.plans import Plan
-from gan.surrogate import FEWEST, Example, Scope, Surrogate, cautious, layouts, load_surrogate
+from gan.surrogate import FEWEST, SEEN, Example, Scope, Surrogate, cautious, load_surrogate
 from gan.tasks import AGENTS, Task, load_task
 
 DESCRIPTION = """Draws plans of equal cost, scores them, finetunes them with several seeds, and reports how
@@ -78,8 +78,6 @@ EXAMPLES = (
 )
 KID, L1 = "kid_efficientnet_lite0", "l1"
 FEWEST_PLANS, FEWEST_SEEDS = 4, 2
-SEEN: tuple[str, ...] = ()
-"""Gaps that the surrogate sees beside the widths: none of them helps it."""
 OWN = "default"
 """Name of the weights that are also finetuned."""
 NAME = re.compile(r"[A-Za-z0-9_.-]+")
@@ -550,8 +548,8 @@ def fit_surrogate(
         for named, row in zip(plans, results, strict=True)
     ]
     scope = Scope(dense["weights"], KID, str(header.get("formulas", "")))
-    known_groups = {agent: network.groups for agent, network in networks.items()}
-    return Surrogate(examples, dense["row"][KID], layouts(known_groups), SEEN, scope)
+    channels = {agent: network.channels.tolist() for agent, network in networks.items()}
+    return Surrogate(examples, dense["row"][KID], channels, SEEN, scope)
 
 
 class Predicting:

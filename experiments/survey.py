@@ -43,10 +43,11 @@ from experiments.runs import (
 from experiments.trials import Settings, Trial, TrialLog, TrialResult, dense_row, run_trials
 from experiments.watch import Watch
 from gan.errors import UserError
+from gan.evaluations import CountedScorer, EvaluationLog
 from gan.files import write_json, write_text
 from gan.plans import Plan
 from gan.scoring import FORMULAS
-from gan.surrogate import CAUTION, Example, Scope, Surrogate, layouts
+from gan.surrogate import CAUTION, SEEN, Example, Scope, Surrogate
 from gan.tasks import AGENTS, Task, load_task
 
 DESCRIPTION = """Finetunes random plans over a range of budgets and fits the predicted recovery to them: the
@@ -141,6 +142,11 @@ class SurveyFolder:
         return self.path / "dense.json"
 
     @property
+    def evaluations(self) -> Path:
+        """The gaps of all plans before finetuning."""
+        return self.path / "evaluations.jsonl"
+
+    @property
     def surrogate(self) -> Path:
         """The predictions, as ``gan.surrogate`` reads them."""
         return self.path / "surrogate.json"
@@ -199,12 +205,13 @@ def main(options: Options) -> None:
     console = Console()
     options, made = open_survey(options)
     folder = SurveyFolder(made.path)
+    watch = Watch(console)
     try:
-        work(options, folder, Watch(console))
+        work(options, folder, watch)
+        report(options, folder, watch)
     except KeyboardInterrupt:
         command = f"python experiments/survey.py --resume {folder.path}"
         raise KeyboardInterrupt(f"stopped; what is done stays; go on with: {command}") from None
-    report(options, folder)
     console.print(folder.table.read_text(), highlight=False, soft_wrap=True)
     console.print(f"everything is in {folder.path}", highlight=False, soft_wrap=True)
 
@@ -320,13 +327,40 @@ def collect(options: Options, folder: SurveyFolder) -> list[Finetuned]:
     return list(found.values())
 
 
-def fit(plans: Sequence[Finetuned], options: Options, folder: SurveyFolder) -> Surrogate:
+def score(
+    plans: Sequence[Finetuned], options: Options, folder: SurveyFolder, watch: Watch
+) -> list[Mapping[str, float]]:
+    """The gaps of every plan before finetuning; those in the folder's log are not measured again."""
+    settings, images = settings_of(options), image_counts(options.quick)
+    task = load_task(settings.task, settings.device)
+    with watch.stage("score", len(plans)) as stage:
+        scorer = task.scorer(
+            options.cost,
+            weights=settings.elastic(task),
+            probe=images.probe,
+            statistics_images=images.statistics,
+        )
+        counted = CountedScorer(scorer, EvaluationLog(folder.evaluations, scorer.fingerprint))
+        gaps = []
+        for one in plans:
+            gaps.append(counted.score(one.plan).gaps)
+            stage.advance()
+    return gaps
+
+
+def fit(
+    plans: Sequence[Finetuned], gaps: Sequence[Mapping[str, float]], options: Options, folder: SurveyFolder
+) -> Surrogate:
     """The surrogate of all plans."""
     settings = settings_of(options)
     task = load_task(settings.task, settings.device)
     scope = Scope(settings.fingerprint(task)["weights"], KID, FORMULAS)
-    examples = [Example(one.plan, {}, statistics.fmean(one.kid)) for one in plans]
-    return Surrogate(examples, read_json(folder.dense)[KID], layouts(task.groups), (), scope)
+    examples = [
+        Example(one.plan, {term: row[term] for term in SEEN}, statistics.fmean(one.kid))
+        for one, row in zip(plans, gaps, strict=True)
+    ]
+    channels = {agent: [group.channels for group in task.groups[agent]] for agent in AGENTS}
+    return Surrogate(examples, read_json(folder.dense)[KID], channels, SEEN, scope)
 
 
 def judge(plans: Sequence[Finetuned], surrogate: Surrogate) -> tuple[dict[str, Judged], NDArray[np.float64]]:
@@ -356,10 +390,10 @@ def judge(plans: Sequence[Finetuned], surrogate: Surrogate) -> tuple[dict[str, J
     return found, surrogate.dense * np.exp(left_out[:, 0])
 
 
-def report(options: Options, folder: SurveyFolder) -> None:
+def report(options: Options, folder: SurveyFolder, watch: Watch) -> None:
     """Write the surrogate, ``survey.json``, ``table.md`` and ``predicted.png``."""
     plans = collect(options, folder)
-    surrogate = fit(plans, options, folder)
+    surrogate = fit(plans, score(plans, options, folder, watch), options, folder)
     judged, predicted = judge(plans, surrogate)
     task = load_task(options.task, pick_device(options.device))
     costs = {agent: task.cost_model(agent) for agent in AGENTS}

@@ -2,7 +2,8 @@
 
 Scores before finetuning see what a plan can do now, not what it can learn. A few dozen plans that were
 finetuned for real (``experiments/survey.py``) are enough for a Gaussian process to tell which shapes recover.
-It sees how wide both networks are where; gaps can be added, and did not help where it was tried.
+It sees the widths of both networks, and how the slice has rearranged the dense outputs' neighbourhoods: local
+density is the one family of gaps that says more than the widths do (docs/calibration.md).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import math
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ from numpy.typing import NDArray
 from gan.cost import CostKind, CostModel
 from gan.errors import UserError
 from gan.files import write_json
-from gan.groups import ChannelGroup
 from gan.plans import Plan
 from gan.runtime import require
 
@@ -34,6 +34,8 @@ FEWEST = 8
 """Finetuned plans below which nothing is fitted."""
 SLACK = 0.05
 """A budget may be so much below the cheapest example or above the dearest: plans do not quite fill theirs."""
+SEEN = ("arrangement_gap",)
+"""Gaps that predictions are made from, beside the widths."""
 FLOOR = 1e-4
 """Gaps below it count as it: their logarithm is taken."""
 
@@ -77,50 +79,16 @@ def cautious(mean: float, deviation: float) -> float:
     return mean + CAUTION * deviation
 
 
-@dataclass(frozen=True)
-class Layout:
-    """What the process knows of a network.
-
-    Attributes:
-        channels: (groups,) dense widths.
-        levels: (groups,) groups of one level go in together, by the mean of their log keep ratios.
-    """
-
-    channels: tuple[int, ...]
-    levels: tuple[int, ...]
-
-    @classmethod
-    def of(cls, groups: Sequence[ChannelGroup], by_resolution: bool) -> Layout:
-        """A level for every resolution, or one for the whole network.
-
-        With a few dozen examples one input for every group is too many: see docs/calibration.md.
-        """
-        heights = sorted({group.resolution for group in groups}, reverse=True)
-        levels = (heights.index(group.resolution) if by_resolution else 0 for group in groups)
-        return cls(tuple(group.channels for group in groups), tuple(levels))
-
-    def inputs(self, widths: Sequence[int]) -> list[float]:
-        """(levels,) mean log keep ratio of each level."""
-        ratios = np.log(np.divide(widths, self.channels))
-        levels = np.array(self.levels)
-        return [float(ratios[levels == level].mean()) for level in range(max(self.levels) + 1)]
-
-
-def layouts(groups: Mapping[str, Sequence[ChannelGroup]]) -> dict[str, Layout]:
-    """Agent → layout: generators by resolution, discriminators as a whole."""
-    return {agent: Layout.of(own, agent.startswith("generator")) for agent, own in groups.items()}
-
-
 class Surrogate:
     """Predicts the finetuned metric of a plan, as a log ratio to the dense pair's.
 
-    A Gaussian process (scikit-learn) with a Matérn kernel (ν = 5/2) and a linear one on the standardised mean
-    log keep ratios of the levels of all networks and log gaps.
+    A Gaussian process (scikit-learn) with a Matérn kernel (ν = 5/2) and a linear one on the standardised log
+    keep ratios of all groups and log gaps.
 
     Args:
         examples: plans that were finetuned, at least ``FEWEST``.
         dense: the metric of the dense pair, > 0.
-        networks: agent → its layout.
+        channels: agent → dense widths of its groups.
         terms: gaps that the process sees, in this order.
         scope: what the examples have in common.
         theta: log hyperparameters of the kernel; without them they are fitted to the marginal likelihood.
@@ -133,7 +101,7 @@ class Surrogate:
         self,
         examples: Sequence[Example],
         dense: float,
-        networks: Mapping[str, Layout],
+        channels: Mapping[str, Sequence[int]],
         terms: Sequence[str],
         scope: Scope,
         theta: Sequence[float] | None = None,
@@ -146,7 +114,7 @@ class Surrogate:
         if not all(math.isfinite(value) and value > 0 for value in values):
             raise UserError(f"a surrogate predicts the log of a metric, which must be above 0; got {values}")
         self.examples, self.dense, self.terms, self.scope = tuple(examples), dense, tuple(terms), scope
-        self.networks = dict(networks)
+        self.channels = {agent: tuple(widths) for agent, widths in channels.items()}
         self._inputs = np.array([self._features(example.plan, example.gaps) for example in examples])
         self._answers = np.array([math.log(example.metric / dense) for example in examples])
         self._centre = self._inputs.mean(axis=0)
@@ -155,9 +123,13 @@ class Surrogate:
         self.theta = tuple(float(value) for value in self._process.kernel_.theta)
 
     def _features(self, plan: Plan, gaps: Mapping[str, float]) -> NDArray[np.float64]:
-        """(levels + terms,) mean log keep ratios of all networks and log gaps."""
-        ratios = [ratio for agent, layout in self.networks.items() for ratio in layout.inputs(plan[agent])]
-        return np.array([*ratios, *(math.log(max(gaps[term], FLOOR)) for term in self.terms)])
+        """(groups + terms,) log keep ratios of all networks and log gaps."""
+        ratios = [
+            width / channels
+            for agent, dense in self.channels.items()
+            for width, channels in zip(plan[agent], dense, strict=True)
+        ]
+        return np.log([*ratios, *(max(gaps[term], FLOOR) for term in self.terms)])
 
     def _fit(self, rows: NDArray[np.bool_], theta: Sequence[float] | None) -> Any:
         processes = require("sklearn.gaussian_process")
@@ -251,7 +223,7 @@ class Surrogate:
                 "formulas": scope.formulas,
             },
             "dense": self.dense,
-            "networks": {agent: asdict(layout) for agent, layout in self.networks.items()},
+            "channels": {agent: list(widths) for agent, widths in self.channels.items()},
             "terms": list(self.terms),
             "theta": list(self.theta),
             "examples": [
@@ -271,12 +243,8 @@ class Surrogate:
             Example(Plan.from_dict(entry["plan"]), dict(entry["gaps"]), float(entry["metric"]))
             for entry in data["examples"]
         ]
-        networks = {
-            agent: Layout(tuple(layout["channels"]), tuple(layout["levels"]))
-            for agent, layout in data["networks"].items()
-        }
         scope = Scope(**data["scope"])
-        return cls(examples, data["dense"], networks, data["terms"], scope, data["theta"])
+        return cls(examples, data["dense"], data["channels"], data["terms"], scope, data["theta"])
 
     def save(self, path: Path) -> Path:
         """Write it as JSON: the examples themselves, no pickle."""

@@ -138,14 +138,16 @@ def test_other_predictions_can_be_reported_on(study: tuple[Options, StudyFolder]
     folder.surrogate.unlink()
     widened = own.examples[0].plan.replace("generator", [8, 8, 8, 8, 8])
     examples = [replace(own.examples[0], plan=widened, metric=0.9), *own.examples[1:]]
-    given = Surrogate(examples, own.dense, own.networks, own.terms, own.scope)
+    given = Surrogate(examples, own.dense, own.channels, own.terms, own.scope)
     path = given.save(tmp_path / "given.json")
     report(replace(options, surrogate=path), folder, Console(quiet=True))
     shown = {
         row["label"]: row["predictors"]["default/recovery_gap"]
         for row in read_json(folder.calibration)["plans"]
     }
-    assert shown[plans[0].label] == pytest.approx(given.gap(plans[0].plan, {}))
+    assert shown[plans[0].label] == pytest.approx(
+        given.gap(plans[0].plan, {"arrangement_gap": sum(plans[0].plan["generator"])})
+    )
     assert shown[plans[3].label] == pytest.approx(cautious(*given.leave_one_out()[3]))
     assert not folder.surrogate.exists()
 

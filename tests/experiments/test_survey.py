@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+import gan.tasks
 from envs.budget import Budget
 from experiments import cli, survey, trials
 from experiments.build import prunable
@@ -49,6 +50,7 @@ def tiny(task: Task, monkeypatch: pytest.MonkeyPatch) -> Task:
     monkeypatch.setattr(survey, "run_trials", fake_trials)
     monkeypatch.setattr(survey, "dense_row", lambda *_: {KID: DENSE})
     monkeypatch.setattr(trials, "load_extractor", lambda **_: fake_extractor())
+    monkeypatch.setattr(gan.tasks, "load_extractor", lambda **_: fake_extractor())
     return task
 
 

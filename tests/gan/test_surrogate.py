@@ -9,11 +9,10 @@ import numpy as np
 import pytest
 
 from gan.errors import UserError
-from gan.groups import ChannelGroup
 from gan.plans import Plan
-from gan.surrogate import CAUTION, Example, Layout, Scope, Surrogate, cautious, layouts, load_surrogate
+from gan.surrogate import CAUTION, Example, Scope, Surrogate, cautious, load_surrogate
 
-NETWORKS = {"generator": Layout((32, 64, 32), (0, 1, 2)), "discriminator": Layout((16, 16), (0, 0))}
+CHANNELS = {"generator": (32, 64, 32), "discriminator": (16, 16)}
 SCOPE = Scope("0123", "kid", "2")
 TERMS = ("crowd_gap", "l1_gap")
 
@@ -39,7 +38,7 @@ def examples(count: int, seed: int = 0) -> list[Example]:
 
 @pytest.fixture(scope="module")
 def surrogate() -> Surrogate:
-    return Surrogate(examples(30), 0.3, NETWORKS, TERMS, SCOPE)
+    return Surrogate(examples(30), 0.3, CHANNELS, TERMS, SCOPE)
 
 
 def test_it_learns_what_the_examples_follow(surrogate):
@@ -66,7 +65,7 @@ def test_the_gap_is_cautious_and_says_when_a_plan_ends_better_than_the_dense_pai
 def test_leaving_one_out_is_a_prediction_without_that_example(surrogate):
     found = surrogate.leave_one_out()[4]
     rest = [example for place, example in enumerate(surrogate.examples) if place != 4]
-    without = Surrogate(rest, 0.3, NETWORKS, TERMS, SCOPE)
+    without = Surrogate(rest, 0.3, CHANNELS, TERMS, SCOPE)
     left = surrogate.examples[4]
     # the units of the inputs differ by one example's share
     assert found == pytest.approx(without.predict(left.plan, left.gaps), abs=0.02)
@@ -89,21 +88,12 @@ def test_its_fingerprint_sees_the_examples(surrogate):
     other = Surrogate(
         [replace(first, metric=first.metric * 1.1), *surrogate.examples[1:]],
         0.3,
-        NETWORKS,
+        CHANNELS,
         TERMS,
         SCOPE,
         surrogate.theta,
     )
     assert other.fingerprint != surrogate.fingerprint
-
-
-def test_groups_of_one_level_go_in_together(surrogate):
-    groups = [ChannelGroup(f"g{i}", 16, (), "conv", 4, 2, height) for i, height in enumerate((32, 8, 32))]
-    found = layouts({"generator": groups, "discriminator": groups})
-    assert found["generator"] == Layout((16, 16, 16), (0, 1, 0))
-    assert found["discriminator"] == Layout((16, 16, 16), (0, 0, 0))
-    assert found["generator"].inputs((16, 4, 4)) == pytest.approx([math.log(0.5), math.log(0.25)])
-    assert found["discriminator"].inputs((16, 4, 4)) == pytest.approx([math.log(0.25) * 2 / 3])
 
 
 def test_it_covers_budgets_between_its_examples(surrogate):
@@ -126,11 +116,11 @@ class FirstWidth:
 
 def test_too_few_examples_and_useless_metrics_are_refused():
     with pytest.raises(UserError, match="8 finetuned plans or more; got 5"):
-        Surrogate(examples(5), 0.3, NETWORKS, TERMS, SCOPE)
+        Surrogate(examples(5), 0.3, CHANNELS, TERMS, SCOPE)
     for bad in (0.0, -0.1, math.nan):
         rows = examples(9)
         with pytest.raises(UserError, match="above 0"):
-            Surrogate([replace(rows[0], metric=bad), *rows[1:]], 0.3, NETWORKS, TERMS, SCOPE)
+            Surrogate([replace(rows[0], metric=bad), *rows[1:]], 0.3, CHANNELS, TERMS, SCOPE)
 
 
 @pytest.mark.parametrize("damage", ["{", "[]", '{"format": 1}', '{"format": 99}'])

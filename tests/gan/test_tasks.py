@@ -25,16 +25,16 @@ def _no_real_extractor(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gan.tasks, "load_extractor", lambda device: fake_extractor())
 
 
-def test_the_shipped_task_loads():
-    task = load_task("edges2emoji")
+@pytest.mark.parametrize(("name", "groups"), [("edges2emoji", 11), ("edges2emoji_resnet", 11)])
+def test_the_shipped_tasks_load(name, groups):
+    task = load_task(name)
     assert [len(split) for split in (task.train, task.val, task.test)] == [1084, 160, 256]
     assert task.image_size == 64
     assert {agent: len(groups) for agent, groups in task.groups.items()} == {
-        "generator": 11,
+        "generator": groups,
         "discriminator": 4,
     }
-    architectures = {agent: (a.name, a.base_width) for agent, a in task.architectures.items()}
-    assert architectures == {"generator": ("unet_64", 32), "discriminator": ("basic", 32)}
+    assert task.architectures == {"generator": TASKS[name].generator, "discriminator": TASKS[name].discriminator}
     for agent, network in task.networks.items():
         assert tuple(g.channels for g in task.groups[agent]) == task.architectures[agent].dense_widths
         assert not any(module.training for module in network.modules())
@@ -42,12 +42,13 @@ def test_the_shipped_task_loads():
         assert set(task.multiples) == set(AGENTS)
         made = network(task.example(agent))
         assert made.shape == ((1, 3, 64, 64) if agent == "generator" else (1, 1, 6, 6))
-    assert load_task("edges2emoji") is task
+    assert load_task(name) is task
 
 
-def test_the_shipped_pair_was_trained():
+@pytest.mark.parametrize("name", TASKS)
+def test_the_shipped_pairs_were_trained(name):
     """Nearer to unseen drawings than any one picture is; the discriminator tells real from made."""
-    task = load_task("edges2emoji")
+    task = load_task(name)
     inputs, targets = task.val.take(32).tensors()
     with torch.no_grad():
         made = task.networks["generator"](inputs)
@@ -60,9 +61,10 @@ def test_the_shipped_pair_was_trained():
     assert real > fake
 
 
-def test_the_shipped_elastic_weights_fit_the_shipped_pair():
+@pytest.mark.parametrize("name", TASKS)
+def test_the_shipped_elastic_weights_fit_the_shipped_pair(name):
     """Cut to a quarter of every width they still make the dense pictures; raw dense weights make noise."""
-    task = load_task("edges2emoji")
+    task = load_task(name)
     shipped, raw = task.elastic_weights("elastic"), task.elastic_weights("dense")
     shown, inputs = task.statistics_inputs(32)["generator"], task.val.take(32).tensors()[0]
     dense = run_batched(task.networks["generator"], inputs)
