@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,8 @@ from rich.table import Table
 
 from envs.budget import project, random_proportions, uniform_widths
 from experiments import cli
-from experiments.build import build_budgets
+from experiments.build import build_budgets, finetuning, prunable
+from gan.distillation import NO_INGREDIENTS, DensePair, Ingredients
 from gan.elastic import ElasticOptions, train_elastic
 from gan.errors import UserError
 from gan.features import load_efficientnet_lite0, prepare
@@ -23,7 +24,7 @@ from gan.files import write_json
 from gan.plans import Plan
 from gan.scoring import run_batched
 from gan.tasks import AGENTS, Task, load_task
-from gan.training import FINETUNING, PairedTrainer, TrainingOptions
+from gan.training import FINETUNING, PairedTrainer, TrainingOptions, finetuner
 
 EXAMPLES = (("make benchmark", "everything, about two minutes on 2 cores"),)
 DESCRIPTION = """Times scoring and training on the embedded task. Ratios within one run are comparable;
@@ -127,6 +128,16 @@ def main(options: Options) -> None:
         highlight=False,
     )
 
+    finetuned = side_by_side(finetuning_calls(task), 8)
+    title = f"Finetuning a uniform slice at {SLICE:.0%} of the generator's MACs, as train_agents.py does"
+    table = Table(title=title, title_justify="left")
+    table.add_column("losses")
+    table.add_column("ms per step", justify="right")
+    table.add_column("speed against dense", justify="right")
+    for name, seconds in finetuned.items():
+        table.add_row(name, f"{1e3 * seconds:.0f}", f"{finetuned['dense pair, native'] / seconds:.2f}×")
+    console.print(table)
+
     training = train_steps(task, uniform)
     table = Table(title="Training, steps of 16 images", title_justify="left")
     table.add_column("what")
@@ -143,8 +154,70 @@ def main(options: Options) -> None:
             "score_seconds": stages,
             "eager_features_seconds": eager_seconds,
             "training_step_seconds": training,
+            "finetuning_step_seconds": finetuned,
         }
         write_json(options.output, figures)
+
+
+def side_by_side(calls: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, float]:
+    """Median seconds of each call, taken in turn: whatever else the machine does falls on all of them."""
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    for number in range(rounds + 2):
+        for name, call in calls.items():
+            started = time.perf_counter()
+            call()
+            if number >= 2:  # the first ones warm up
+                times[name].append(time.perf_counter() - started)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+SLICE = 0.25
+"""Share of the generator's MACs of the finetuned slice; its discriminator keeps half."""
+OUTPUTS = "native, outputs"
+KNOWN = f"{OUTPUTS} (remembered)"
+INGREDIENTS: dict[str, Ingredients] = {
+    OUTPUTS: Ingredients(),
+    f"{OUTPUTS}, aligned features": Ingredients(features="alignment"),
+    KNOWN: Ingredients(variants=1),
+    f"{KNOWN}, aligned features": Ingredients(features="alignment", variants=1),
+    f"{KNOWN}, features by adapters": Ingredients(features="adapters", variants=1),
+    f"{KNOWN}, dense adversary": Ingredients(variants=1, adversary="dense"),
+    f"{KNOWN}, both adversaries": Ingredients(variants=1, adversary="both"),
+    f"{KNOWN}, matched in the dense D": Ingredients(variants=1, matching="target"),
+    f"{KNOWN}, perceptual distance": Ingredients(variants=1, perceptual=1.0),
+    f"{OUTPUTS} of an online teacher": Ingredients(online=True),
+}
+"""What is timed → what finetuning adds."""
+
+
+def finetuning_calls(task: Task) -> dict[str, Callable[[], object]]:
+    """One training step each: the dense pair with native losses, then slices with more and more."""
+    ordered, networks = task.ordered(), prunable(task, "macs")
+    plans = {
+        agent: tuple(uniform_widths(networks[agent], share).tolist())
+        for agent, share in zip(AGENTS, (SLICE, 0.5), strict=True)
+    }
+    whole = {agent: tuple(group.channels for group in task.groups[agent]) for agent in AGENTS}
+    dense = DensePair(task.networks["generator"], task.networks["discriminator"], task.groups["generator"])
+    images = task.train.take(16)
+    inputs, targets = images.tensors()
+    options, rows = finetuning(1, 0, task.device), torch.arange(16)
+
+    def step_of(
+        widths: Mapping[str, tuple[int, ...]], options: TrainingOptions, added: Ingredients
+    ) -> Callable[[], object]:
+        pair = [ordered[agent].network(widths[agent]) for agent in AGENTS]
+        trainer = finetuner(pair[0], pair[1], dense.generator, options, added, dense)
+        if trainer.teacher is not None and added.variants:
+            trainer.teacher.study(0, inputs)
+        return lambda: trainer.step(inputs, targets, options.learning_rate, rows)
+
+    native = replace(options, distillation=0.0)
+    calls = {
+        "dense pair, native": step_of(whole, native, NO_INGREDIENTS),
+        "native": step_of(plans, native, NO_INGREDIENTS),
+    }
+    return calls | {name: step_of(plans, options, added) for name, added in INGREDIENTS.items()}
 
 
 def train_steps(task: Task, uniform: dict[str, tuple[int, ...]]) -> dict[str, float]:

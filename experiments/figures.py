@@ -546,3 +546,33 @@ def intervals(panels: Sequence[Estimates], label: str, title: str = "") -> Figur
         if title:
             figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     return figure
+
+
+def learning_curve(frame: pd.DataFrame, dense: Mapping[str, float], title: str = "") -> Figure:
+    """KID and L1 on val over a finetuning, the start at 0, the dense pair as a line.
+
+    Args:
+        frame: one row per epoch with ``epoch``, ``seconds``, ``val_kid`` and ``val_l1``; NaN where nothing
+            was measured.
+        dense: the two figures of the dense generator.
+        title: of the figure.
+    """
+    minutes = bool(frame["seconds"].max() >= 120)
+    x = frame["seconds"] / 60 if minutes else frame["epoch"]
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(9, 3.4), layout="constrained")
+        FigureCanvasAgg(figure)
+        for axes, (column, name) in zip(
+            figure.subplots(1, 2), (("val_kid", "KID"), ("val_l1", "L1")), strict=True
+        ):
+            known = frame[column].notna()
+            axes.plot(x[known], frame[column][known], MARKERS[0] + "-", color=COLOURS[0], markersize=3)
+            axes.axhline(dense[column], color=COLOURS[1], linestyle="--")
+            axes.annotate(
+                "dense", (1.0, dense[column]), xycoords=("axes fraction", "data"), ha="right", va="bottom"
+            )
+            axes.set_title(f"{name}, lower is better")
+            axes.set_xlabel("minutes of training" if minutes else "epochs")
+        if title:
+            figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    return figure

@@ -6,11 +6,12 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 import torch
 from rich.console import Console
 from torch import nn
+from tyro.conf import OmitArgPrefixes
 
 from agents.base import Agent
 from agents.registry import AGENTS as LEARNERS
@@ -48,6 +49,7 @@ from experiments.runs import (
 from experiments.watch import SearchListener, Watch
 from gan.checkpoints import save_network
 from gan.data import PairedImages
+from gan.distillation import DensePair, Ingredients
 from gan.elastic import ElasticNetwork, ElasticOptions
 from gan.errors import UserError, unknown
 from gan.evaluation import Judge
@@ -97,6 +99,8 @@ class Options:
     """Weights of the reward families."""
     epochs: int = 10
     """Epochs of finetuning, for every row of the table."""
+    ingredients: Annotated[Ingredients, OmitArgPrefixes] = field(default_factory=Ingredients)
+    """What finetuning adds to native losses and output distillation, for every row of the table."""
     warm_up: int = 0
     """Steps of a warm-up of one's own (0: the elastic weights that come with the task)."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -163,6 +167,7 @@ def open_folder(options: Options) -> tuple[Options, RunFolder]:
             )
     if not 0 <= options.seed < 2**32:
         raise UserError(f"--seed is {options.seed}; it must be 0 or more, below 2^32")
+    options.ingredients.check()
     budgets = build_budgets(options.budget)
     task = load_task(options.task, pick_device(options.device))
     if options.cost == "latency":
@@ -204,13 +209,15 @@ def run(options: Options, folder: RunFolder, console: Console) -> None:
     tuned = finetuning(sizes.epochs, options.seed, task.device)
     # The stages see the same images in the same order: the teacher answers once for all of them.
     lessons = Lessons(task.networks["generator"])
+    recipe = options.ingredients, DensePair(*pairs["dense"], task.groups["generator"])
     for name in ("l1_slice", "uniform", "pruned"):
-        pairs[name] = finetune_stage(f"finetune {name}", pairs[f"{name}_raw"], lessons, train, tuned, watch)
+        stage_name = f"finetune {name}"
+        pairs[name] = finetune_stage(stage_name, pairs[f"{name}_raw"], lessons, train, tuned, watch, *recipe)
     if options.equal_time:
         seconds = watch.seconds["search"] + watch.seconds["references"] + watch.seconds["finetune pruned"]
         longer = replace(tuned, seconds=seconds)
         pairs["uniform_equal_time"] = finetune_stage(
-            "finetune equal time", pairs["uniform_raw"], lessons, train, longer, watch
+            "finetune equal time", pairs["uniform_raw"], lessons, train, longer, watch, *recipe
         )
     save_pairs(folder, task, pairs, uniform, best.plan)
 
@@ -377,7 +384,14 @@ def describe(evaluation: Evaluation) -> str:
 
 
 def finetune_stage(
-    name: str, pair: Pair, lessons: Lessons, train: PairedImages, options: TrainingOptions, watch: Watch
+    name: str,
+    pair: Pair,
+    lessons: Lessons,
+    train: PairedImages,
+    options: TrainingOptions,
+    watch: Watch,
+    ingredients: Ingredients,
+    dense: DensePair,
 ) -> Pair:
     """Finetune one pair, with a bar."""
     with watch.stage(name, 1.0 if options.seconds else options.epochs) as stage:
@@ -387,7 +401,7 @@ def finetune_stage(
             stage.say(" ".join(f"{key} {value:.3f}" for key, value in progress.losses.items()))
 
         stage_total = 1.0 if options.seconds else options.epochs
-        return finetune(*pair, lessons, train, options, on_epoch)
+        return finetune(*pair, lessons, train, options, on_epoch, ingredients, dense)
 
 
 def save_pairs(folder: RunFolder, task: Task, pairs: Mapping[str, Pair], uniform: Plan, best: Plan) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from experiments.workers import work_off
 from gan.append_log import AppendLog
 from gan.checkpoints import state_hash
 from gan.data import PairedImages
+from gan.distillation import NO_INGREDIENTS, DensePair, Ingredients
 from gan.elastic import ElasticNetwork
 from gan.errors import UserError, unknown
 from gan.evaluation import Judge
@@ -107,6 +108,8 @@ class Settings:
         train_images: train on so many, spread evenly; None = all.
         judge_images: measure on so many of the split; None = all.
         device: where the networks run.
+        seconds: finetune for so long instead of for ``epochs``; None = epochs.
+        ingredients: what finetuning adds to native losses and output distillation.
     """
 
     task: str
@@ -116,6 +119,8 @@ class Settings:
     train_images: int | None = None
     judge_images: int | None = None
     device: str = "cpu"
+    seconds: float | None = None
+    ingredients: Ingredients = field(default_factory=Ingredients)
 
     @classmethod
     def of(
@@ -140,6 +145,9 @@ class Settings:
             raise UserError(f"trials train for {self.epochs} epochs; they need 1 or more")
         if self.split not in ("val", "test"):
             raise unknown("split", self.split, ("val", "test"))
+        if self.seconds is not None and not self.seconds > 0:
+            raise UserError(f"trials train for {self.seconds} seconds; they need more than 0")
+        self.ingredients.check()
 
     def elastic(self, task: Task) -> Mapping[str, ElasticNetwork]:
         """The weights that plans are cut from."""
@@ -150,9 +158,12 @@ class Settings:
     def fingerprint(self, task: Task) -> dict[str, Any]:
         """What the results depend on: the header of their log."""
         path = task.elastic_path if self.weights == "elastic" else Path(self.weights)
-        options = asdict(finetuning(self.epochs, 0, task.device))
+        options = asdict(finetuning(self.epochs, 0, task.device, self.seconds))
         extractor = load_extractor(device=task.device)
+        # Named only where there are any: logs of finetunings without them stay readable.
+        added = {} if self.ingredients == NO_INGREDIENTS else {"ingredients": asdict(self.ingredients)}
         return {
+            **added,
             "task": self.task,
             "weights": "dense" if self.weights == "dense" or path is None else file_hash(path),
             "dense_pair": {agent: state_hash(task.networks[agent]) for agent in AGENTS},
@@ -186,6 +197,7 @@ class Workbench:
         images = _take(task.val if settings.split == "val" else task.test, settings.judge_images)
         generator, discriminator = (task.networks[agent] for agent in AGENTS)
         self.judge = Judge.build(generator, discriminator, images, load_extractor(device=task.device))
+        self.dense = DensePair(generator, discriminator, task.groups["generator"])
         self._lessons: tuple[int, Lessons] | None = None
         self._raw: dict[tuple[str, str], dict[str, float]] = {}
 
@@ -207,9 +219,18 @@ class Workbench:
         def on_epoch(progress: TrainingProgress) -> None:
             margins.extend(progress.margins)
 
-        options = finetuning(self.settings.epochs, trial.seed, self.task.device)
+        settings = self.settings
+        options = finetuning(settings.epochs, trial.seed, self.task.device, settings.seconds)
         try:
-            tuned = finetune(*pair, self.lessons(trial.seed), self.train, options, on_epoch)
+            tuned = finetune(
+                *pair,
+                self.lessons(trial.seed),
+                self.train,
+                options,
+                on_epoch,
+                settings.ingredients,
+                self.dense,
+            )
         except UserError as error:  # it has diverged
             raise UserError(f"{trial.label}, seed {trial.seed}: {error}") from error
         return TrialResult(

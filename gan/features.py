@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gan.errors import UserError, unknown
@@ -143,6 +144,47 @@ def load_efficientnet_lite0(image_size: int) -> tuple[Any, Path]:
     return network.eval().requires_grad_(False), weights
 
 
+class DifferentiableStages(nn.Module):
+    """The first blocks of the frozen extractor in torch, with gradients to the images.
+
+    Args:
+        network: EfficientNet-Lite0 for square images of ``image_size`` pixels.
+        image_size: images are resized to it.
+        blocks: the maps behind these blocks are the result; later ones are left out.
+    """
+
+    def __init__(self, network: Any, image_size: int, blocks: Sequence[int]) -> None:
+        super().__init__()
+        self.network, self.image_size, self.blocks = network, image_size, frozenset(blocks)
+        network._blocks = network._blocks[: max(blocks) + 1]
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        """(N, 3, H, W) in [−1, 1] → one map (N, C, h, w) per block."""
+        network = self.network
+        x = network._swish(network._bn0(network._conv_stem(prepare(images, self.image_size))))
+        maps = []
+        for number, block in enumerate(network._blocks):
+            x = block(x)
+            if number in self.blocks:
+                maps.append(x)
+        return maps
+
+
+def load_differentiable_stages(
+    image_size: int = 64, blocks: Sequence[int] = (0, 2, 4)
+) -> DifferentiableStages:
+    """The extractor's first stages for a perceptual loss.
+
+    Args:
+        image_size: side in pixels, ≥ 32.
+        blocks: 0, 2, 4 and 7 end the stages with maps of 1/2, 1/4, 1/8 and 1/16 of the size.
+
+    Raises:
+        UserError: if a package is missing or carries no weights.
+    """
+    return DifferentiableStages(load_efficientnet_lite0(image_size)[0], image_size, blocks)
+
+
 def _in_torch(network: Any) -> Callable[[Tensor], Tensor]:
     def run(images: Tensor) -> Tensor:
         # TF32 keeps 10 bits, and an algorithm chosen by timing changes from run to run.
@@ -152,8 +194,58 @@ def _in_torch(network: Any) -> Callable[[Tensor], Tensor]:
     return run
 
 
-def _on_runtime(network: Any, image_size: int, threads: int) -> Callable[[Tensor], Tensor]:
-    runner = BatchRunner(_to_onnx(network, image_size), threads)
+@dataclass(frozen=True)
+class StageExtractor:
+    """The extractor's maps inside, not only its last one pooled. For studies; on the CPU.
+
+    Attributes:
+        image_size: side in pixels of the square that images are resized to.
+        shapes: (channels, height, width) of each map.
+        network: prepared images (n, 3, image_size, image_size) → (n, values of all maps).
+    """
+
+    image_size: int
+    shapes: tuple[tuple[int, int, int], ...]
+    network: Callable[[Tensor], Tensor] = field(repr=False)
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> list[Tensor]:
+        """(N, 3, H, W) floats in [−1, 1] → the maps, each (N, channels, height, width) float32."""
+        chunks = images.to(CPU).split(CHUNK)
+        rows = torch.cat([self.network(prepare(chunk, self.image_size)) for chunk in chunks])
+        parts = rows.split([math.prod(shape) for shape in self.shapes], dim=1)
+        return [part.reshape(-1, *shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
+
+@functools.cache
+def load_stages(blocks: tuple[int, ...], image_size: int = 112, threads: int | None = None) -> StageExtractor:
+    """EfficientNet-Lite0's maps after some of its 16 blocks (from 0), and the last one before the pooling.
+
+    Args:
+        blocks: in ascending order.
+        image_size: side in pixels, ≥ 32.
+        threads: as in :func:`load_extractor`.
+    """
+    network, _ = load_efficientnet_lite0(image_size)
+    run = _on_runtime(network, image_size, threads or default_threads(), blocks)
+    return StageExtractor(image_size, _shapes(network, image_size, blocks), run)
+
+
+def _shapes(network: Any, image_size: int, blocks: Sequence[int]) -> tuple[tuple[int, int, int], ...]:
+    """(channels, height, width) of the maps after these blocks, and of the last one."""
+    side, shapes = math.ceil(image_size / 2), []
+    for number, block in enumerate(network._blocks):
+        stride = block._block_args.stride
+        side = math.ceil(side / (stride if isinstance(stride, int) else stride[0]))
+        if number in blocks:
+            shapes.append((block._block_args.output_filters, side, side))
+    return *shapes, (network._conv_head.out_channels, side, side)
+
+
+def _on_runtime(
+    network: Any, image_size: int, threads: int, blocks: Sequence[int] = ()
+) -> Callable[[Tensor], Tensor]:
+    runner = BatchRunner(_to_onnx(network, image_size, blocks), threads)
 
     def run(images: Tensor) -> Tensor:
         return torch.from_numpy(runner(images.numpy()))
@@ -161,15 +253,17 @@ def _on_runtime(network: Any, image_size: int, threads: int) -> Callable[[Tensor
     return run
 
 
-def _to_onnx(network: Any, image_size: int) -> bytes:
+def _to_onnx(network: Any, image_size: int, blocks: Sequence[int] = ()) -> bytes:
+    """The last map pooled, or the maps after these blocks and the last one as they are, in one row."""
     graph = ConvGraph()
+    rows = []
 
     def conv(x: str, layer: Any, norm: Any) -> str:
         padding = getattr(layer.static_padding, "padding", (0, 0, 0, 0))
         return graph.conv(x, *_fold(layer, norm), tuple(layer.stride), padding, layer.groups)
 
     x = graph.relu6(conv("images", network._conv_stem, network._bn0))
-    for block in network._blocks:
+    for number, block in enumerate(network._blocks):
         y = x
         if block._block_args.expand_ratio != 1:
             y = graph.relu6(conv(y, block._expand_conv, block._bn0))
@@ -178,8 +272,14 @@ def _to_onnx(network: Any, image_size: int) -> bytes:
         args = block._block_args
         # A stage's first block has the stride [1] or [2], a list, and so never a skip: as in the original.
         x = graph.add(y, x) if args.stride == 1 and args.input_filters == args.output_filters else y
+        if number in blocks:
+            rows.append(graph.flat(x))
     x = graph.relu6(conv(x, network._conv_head, network._bn1))
-    return graph.model("images", (3, image_size, image_size), graph.pool(x), (1280,))
+    if not blocks:
+        return graph.model("images", (3, image_size, image_size), graph.pool(x), (1280,))
+    values = sum(math.prod(shape) for shape in _shapes(network, image_size, blocks))
+    row = graph.concat([*rows, graph.flat(x)])
+    return graph.model("images", (3, image_size, image_size), row, (values,))
 
 
 def _fold(layer: Any, norm: Any) -> tuple[NDArray[np.float32], NDArray[np.float32]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
@@ -46,6 +47,45 @@ def logit_distillation(student: Tensor, teacher: Tensor) -> Tensor:
 def output_distillation(student: Tensor, teacher: Tensor) -> Tensor:
     """Mean absolute difference of images in [−1, 1]."""
     return F.l1_loss(student, teacher)
+
+
+def kernel_alignment(student: Tensor, teacher: Tensor) -> Tensor:
+    """How alike two sets of features are, whatever their channels are called: in [0, 1], 1 = alike.
+
+    Linear centred kernel alignment, ‖YᵀX‖²_F / (‖XᵀX‖_F ‖YᵀY‖_F) of features X, Y with zero mean: the cosine
+    between XXᵀ and YYᵀ, so neither a rotation nor the scale of the channels matters, and the two may have
+    different numbers of them. Computed between channels, at n·(c² + cd + d²) products instead of n²·(c + d).
+    Cristianini et al., "On Kernel-Target Alignment", NeurIPS 2001; centred: Kornblith et al., "Similarity of
+    Neural Network Representations Revisited", ICML 2019; to compress generators: Jin et al., "Teachers Do
+    More Than Teach", CVPR 2021.
+
+    Args:
+        student: (n, c) features at n places.
+        teacher: (n, d) features at the same places.
+    """
+    x, y = student - student.mean(0), teacher - teacher.mean(0)
+    shared = (y.T @ x).square().sum()
+    return shared / ((x.T @ x).norm() * (y.T @ y).norm()).clamp_min(1e-12)
+
+
+def scaled_error(student: Tensor, teacher: Tensor) -> Tensor:
+    """Mean squared difference of features (n, d), in units of the teacher's variance."""
+    variance = (teacher - teacher.mean(0)).square().mean()
+    return (student - teacher).square().mean() / variance.clamp_min(1e-6)
+
+
+def relative_distance(made: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tensor:
+    """Mean over feature maps of ‖made − wanted‖₁ / ‖wanted‖₁; every map counts the same, whatever its scale.
+
+    Perceptual distance: Johnson et al., "Perceptual Losses for Real-Time Style Transfer", ECCV 2016. In the
+    layers of a discriminator: Wang et al., "High-Resolution Image Synthesis and Semantic Manipulation with
+    Conditional GANs", CVPR 2018.
+    """
+    distances = [
+        (a - b).abs().mean() / b.detach().abs().mean().clamp_min(1e-6)
+        for a, b in zip(made, wanted, strict=True)
+    ]
+    return torch.stack(distances).mean()
 
 
 def paired_input(condition: Tensor, image: Tensor) -> Tensor:

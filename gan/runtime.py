@@ -167,7 +167,15 @@ class ConvGraph:
 
     def pool(self, x: str) -> str:
         """Global average: (N, C, H, W) → (N, C)."""
-        return self._node("Flatten", [self._node("GlobalAveragePool", [x])], axis=1)
+        return self.flat(self._node("GlobalAveragePool", [x]))
+
+    def flat(self, x: str) -> str:
+        """All values of a sample in a row: (N, …) → (N, d)."""
+        return self._node("Flatten", [x], axis=1)
+
+    def concat(self, rows: list[str]) -> str:
+        """Rows behind each other: (N, d₁), (N, d₂), … → (N, d₁ + d₂ + …)."""
+        return self._node("Concat", rows, axis=1)
 
     def model(self, source: str, inputs: tuple[int, ...], result: str, outputs: tuple[int, ...]) -> bytes:
         """Serialise and check the graph from ``source`` to ``result``; shapes are without the batch axis."""

@@ -3,17 +3,31 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gan.data import PairedImages, batches
-from gan.errors import UserError
+from gan.data import PairedImages, augment, batches
+from gan.distillation import (
+    NO_INGREDIENTS,
+    DensePair,
+    DiscriminatorMatching,
+    FeatureDistance,
+    Ingredients,
+    Lesson,
+    PerceptualDistance,
+    Teacher,
+    generator_taps,
+    recorded,
+    some_places,
+)
+from gan.errors import UserError, unknown
 from gan.losses import AdversarialKind, discriminator_loss, generator_loss, output_distillation, paired_input
 from gan.norm_statistics import cumulative_statistics
 
@@ -122,15 +136,117 @@ def colour_jitter(images: Tensor, strength: float, random: torch.Generator) -> T
     return mean + (images - mean) * (1 + draws[2])
 
 
+CYCLES = 4
+"""Of the schedule with warm restarts: 1/15, 2/15, 4/15 and 8/15 of the training."""
+
+
+def rate_factor(schedule: str, share: float, decay_from: float = 0.5) -> float:
+    """The learning rate at a share of the training, as a share of the largest: in [0, 1].
+
+    ``linear`` is constant up to ``decay_from``, then falls to 0. ``cosine`` and ``restarts`` (cycles that
+    double in length): Loshchilov & Hutter, "SGDR: Stochastic Gradient Descent with Warm Restarts", ICLR 2017.
+    """
+    if schedule == "linear":
+        return min(1.0, (1.0 - share) / max(1e-9, 1.0 - decay_from))
+    if schedule == "restarts":
+        units = min(share, 1.0) * (2**CYCLES - 1)  # cycle i begins at 2^i − 1 units and takes 2^i
+        cycle = min(CYCLES - 1, int(math.log2(units + 1)))
+        share = (units - (2**cycle - 1)) / 2**cycle
+    elif schedule != "cosine":
+        raise unknown("schedule", schedule, ("linear", "cosine", "restarts"))
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
+
+
+def _adam(network: nn.Module) -> torch.optim.Adam:
+    return torch.optim.Adam(network.parameters(), betas=(0.5, 0.999), fused=True)
+
+
+def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    for group in optimizer.param_groups:
+        group["lr"] = rate
+
+
+class Critic:
+    """A discriminator in training: it learns, and it says how well it is fooled.
+
+    Args:
+        network: input and image stacked (N, 6, H, W) → patch logits; trained in place.
+        options: of the training.
+        random: of the colour jitter.
+    """
+
+    def __init__(self, network: nn.Module, options: TrainingOptions, random: torch.Generator) -> None:
+        self.network, self.options, self.random = network, options, random
+        self.optimizer = _adam(network)
+
+    def learn(self, inputs: Tensor, targets: Tensor, fake: Tensor, rate: float) -> tuple[Tensor, Tensor]:
+        """One update at a learning rate; returns the loss and the margin (0-d)."""
+        _set_rate(self.optimizer, rate)
+        self.network.requires_grad_(True)
+        real_logits = self._judge(inputs, targets)
+        fake_logits = self._judge(inputs, fake.detach())
+        loss = discriminator_loss(real_logits, fake_logits, self.options.adversarial)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        return loss.detach(), (real_logits.mean() - fake_logits.mean()).detach()
+
+    def fooled(self, inputs: Tensor, fake: Tensor) -> Tensor:
+        """The generator's loss (0-d) for its outputs; gradients reach the outputs alone."""
+        self.network.requires_grad_(False)  # spares the gradients of its kernels
+        return generator_loss(self._judge(inputs, fake), self.options.adversarial)
+
+    def _judge(self, inputs: Tensor, images: Tensor) -> Tensor:
+        """Logits of colour-jittered images."""
+        if self.options.jitter > 0:
+            images = colour_jitter(images, self.options.jitter, self.random)
+        return _run(self.network, paired_input(inputs, images), self.options.amp)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {
+            "network": self.network.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "random": self.random.get_state(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.network.load_state_dict(state["network"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.random.set_state(state["random"].cpu())
+
+
+def _run(network: nn.Module, inputs: Tensor, amp: bool) -> Tensor:
+    with torch.autocast(inputs.device.type, torch.bfloat16, enabled=amp):
+        return network(inputs).float()
+
+
+def trainable_copy(network: nn.Module, amp: bool) -> nn.Module:
+    """A copy that can be trained, in the memory format that bfloat16 convolutions are quick in."""
+    network = copy.deepcopy(network).requires_grad_(True)
+    return network.to(memory_format=torch.channels_last) if amp else network
+
+
 class PairedTrainer:
     """Trains a generator and a paired discriminator, in place.
+
+    With an online teacher the dense pair trains in the same steps with native losses, as another trainer, and
+    the generator is taught by what the dense one makes at that moment: the idea of Ren et al., "Online
+    Multi-Granularity Distillation for GAN Compression", ICCV 2021.
 
     Args:
         generator: (N, 3, H, W) → (N, 3, H, W).
         discriminator: input and image stacked (N, 6, H, W) → patch logits.
         options: see ``TrainingOptions``.
         teacher: the dense generator for distillation, or its remembered lessons; needed when the weight of
-            distillation is above 0.
+            distillation is above 0 and ``dense`` is not given.
+        ingredients: what is added to native losses and output distillation.
+        dense: the dense pair; needed by most ingredients.
+
+    Attributes:
+        critics: the discriminators in training; the first is the pair's own.
+        online: the dense pair in training beside this one, or None.
+        made: the generator's outputs in the last step (N, 3, H, W), without gradients.
+        maps: its feature maps at the taps in the last step, likewise.
     """
 
     def __init__(
@@ -139,25 +255,83 @@ class PairedTrainer:
         discriminator: nn.Module,
         options: TrainingOptions,
         teacher: nn.Module | Lessons | None = None,
+        ingredients: Ingredients = NO_INGREDIENTS,
+        dense: DensePair | None = None,
     ) -> None:
+        ingredients.check()
+        if ingredients.needs_dense and dense is None:
+            raise ValueError("these ingredients need the dense pair: hand it in as dense")
+        if teacher is None and dense is not None:
+            teacher = dense.generator
         if options.distillation > 0 and teacher is None:
             raise ValueError("distillation needs a teacher: hand in the dense generator")
-        self.generator, self.discriminator, self.options = generator, discriminator, options
+        self.generator, self.options, self.ingredients = generator, options, ingredients
         self.lessons = Lessons(teacher, limit=0) if isinstance(teacher, nn.Module) else teacher
         self.averaged = copy.deepcopy(generator).eval().requires_grad_(False)
         self.device = next(generator.parameters()).device
-        self.generator_optimizer, self.discriminator_optimizer = (
-            torch.optim.Adam(network.parameters(), betas=(0.5, 0.999), fused=True)
-            for network in (generator, discriminator)
-        )
+        self.generator_optimizer = _adam(generator)
         self.random = torch.Generator().manual_seed(options.seed)
+        self.critics = [Critic(discriminator, options, self.random)]
+        self.online: PairedTrainer | None = None
+        self.teacher: Teacher | None = None
+        self.distance: FeatureDistance | None = None
+        self.adapter_optimizer: torch.optim.Adam | None = None
+        self.matching: DiscriminatorMatching | None = None
+        self.perceptual = PerceptualDistance(device=self.device) if ingredients.perceptual > 0 else None
+        self.taps: tuple[str, ...] = ()
+        if dense is not None:
+            self._add(dense)
         self.epoch = self.steps = 0
         self.spent = 0.0
+        self.made: Tensor | None = None
+        self.maps: dict[str, Tensor] = {}
         self.margins: list[Tensor] = []  # of this epoch's steps; tensors: no step waits for the device
+
+    def _add(self, dense: DensePair) -> None:
+        """What the ingredients need of the dense pair."""
+        options, ingredients = self.options, self.ingredients
+        if ingredients.adversary != "pruned":
+            critic = trainable_copy(dense.discriminator, options.amp)
+            if ingredients.adversary == "dense":
+                self.critics = [Critic(critic, options, self.random)]
+            else:  # random numbers of its own: the images must not depend on how many critics there are
+                self.critics.append(Critic(critic, options, torch.Generator().manual_seed(options.seed + 1)))
+        if ingredients.teaches_maps:
+            self.taps = generator_taps(dense.generator, dense.groups)
+            self.distance = FeatureDistance(
+                ingredients.features,  # type: ignore[arg-type]
+                self.taps,
+                self.generator,
+                dense.generator,
+                options.seed,
+            )
+            if ingredients.features == "adapters":
+                self.adapter_optimizer = _adam(self.distance)
+        if ingredients.online:
+            native = replace(options, distillation=0.0, seed=options.seed + 2)
+            self.online = PairedTrainer(
+                trainable_copy(dense.generator, options.amp),
+                trainable_copy(dense.discriminator, options.amp),
+                native,
+            )
+            self.online.taps = self.taps
+        elif ingredients.teaches_maps or ingredients.variants:
+            self.teacher = Teacher(dense.generator, self.taps, options.amp)
+        if ingredients.matching != "none":
+            self.matching = DiscriminatorMatching(dense.discriminator, options.amp)
+
+    @property
+    def discriminator(self) -> nn.Module:
+        """The pair's own."""
+        return self.critics[0].network
+
+    @property
+    def discriminator_optimizer(self) -> torch.optim.Adam:
+        return self.critics[0].optimizer
 
     def state_dict(self) -> dict[str, Any]:
         """Everything that a resumed training needs; tensors and numbers only."""
-        return {
+        state = {
             "generator": self.generator.state_dict(),
             "discriminator": self.discriminator.state_dict(),
             "averaged": self.averaged.state_dict(),
@@ -169,8 +343,21 @@ class PairedTrainer:
             "steps": self.steps,
             "spent": self.spent,
         }
+        if len(self.critics) > 1:
+            state["critics"] = [critic.state_dict() for critic in self.critics[1:]]
+        if self.distance is not None and self.adapter_optimizer is not None:
+            state["adapters"] = self.distance.state_dict()
+            state["adapter_optimizer"] = self.adapter_optimizer.state_dict()
+        if self.online is not None:
+            state["online"] = self.online.state_dict()
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a :meth:`state_dict` of a training with the same options and ingredients.
+
+        Raises:
+            KeyError: it lacks what the ingredients need.
+        """
         for name in (
             "generator",
             "discriminator",
@@ -179,59 +366,102 @@ class PairedTrainer:
             "discriminator_optimizer",
         ):
             getattr(self, name).load_state_dict(state[name])
-        self.random.set_state(state["random"])
-        torch.set_rng_state(state["torch_random"])
+        if len(self.critics) > 1:
+            for critic, saved in zip(self.critics[1:], state["critics"], strict=True):
+                critic.load_state_dict(saved)
+        if self.distance is not None and self.adapter_optimizer is not None:
+            self.distance.load_state_dict(state["adapters"])
+            self.adapter_optimizer.load_state_dict(state["adapter_optimizer"])
+        if self.online is not None:
+            self.online.load_state_dict(state["online"])
+        # Random states never leave the CPU, also when the file was read onto another device.
+        self.random.set_state(state["random"].cpu())
+        torch.set_rng_state(state["torch_random"].cpu())
         self.epoch, self.steps, self.spent = state["epoch"], state["steps"], state["spent"]
 
-    def step(self, inputs: Tensor, targets: Tensor, learning_rate: float) -> dict[str, Tensor]:
-        """One update of both networks; returns the losses (0-d tensors)."""
-        options = self.options
-        rates = (learning_rate, learning_rate * options.discriminator_rate)
-        for optimizer, rate in zip(
-            (self.generator_optimizer, self.discriminator_optimizer), rates, strict=True
-        ):
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-        fake = self._run(self.generator, inputs)
+    def step(
+        self, inputs: Tensor, targets: Tensor, learning_rate: float, rows: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """One update of all networks; returns the losses (0-d tensors).
 
-        self.discriminator.requires_grad_(True)
-        real_logits = self._judge(inputs, targets)
-        fake_logits = self._judge(inputs, fake.detach())
-        loss_discriminator = discriminator_loss(real_logits, fake_logits, options.adversarial)
-        self.margins.append((real_logits.mean() - fake_logits.mean()).detach())
-        self.discriminator_optimizer.zero_grad(set_to_none=True)
-        loss_discriminator.backward()
-        self.discriminator_optimizer.step()
+        Args:
+            inputs, targets: (N, 3, H, W) in [−1, 1].
+            learning_rate: of the generator.
+            rows: (N,) rows of the training images; needed where the teacher's answers are remembered.
+        """
+        options, ingredients = self.options, self.ingredients
+        _set_rate(self.generator_optimizer, learning_rate)
+        losses: dict[str, Tensor] = {}
+        if self.online is not None:
+            online = self.online.step(inputs, targets, learning_rate * ingredients.online_rate)
+            losses |= {f"online {name}": value for name, value in online.items()}
+            self.online.steps += 1
+        with recorded(self.generator, self.taps) as maps:
+            fake = _run(self.generator, inputs, options.amp)
+        self.made = fake.detach()
+        self.maps = {name: value.detach() for name, value in maps.items()}
 
-        self.discriminator.requires_grad_(False)  # spares the gradients of its kernels
-        fooling = generator_loss(self._judge(inputs, fake), options.adversarial)
+        rate = learning_rate * options.discriminator_rate
+        learned = [critic.learn(inputs, targets, fake, rate) for critic in self.critics]
+        self.margins.append(learned[0][1])
+        fooling = _mean([critic.fooled(inputs, fake) for critic in self.critics])
         distance = F.l1_loss(fake, targets)
         loss = fooling + options.l1 * distance
-        losses = {
-            "discriminator": loss_discriminator.detach(),
+        losses |= {
+            "discriminator": _mean([lost for lost, _ in learned]),
             "adversarial": fooling.detach(),
             "l1": distance.detach(),
         }
-        if self.lessons is not None and options.distillation > 0:
-            distilled = output_distillation(fake, self.lessons(self.steps, inputs))
+        lesson = self._lesson(inputs, rows)
+        if lesson is not None and options.distillation > 0:
+            distilled = output_distillation(fake, lesson.outputs)
             loss = loss + options.distillation * distilled
             losses["distillation"] = distilled.detach()
+        if self.distance is not None and lesson is not None:
+            features = self.distance(maps, lesson)
+            loss = loss + ingredients.feature_weight * features
+            losses["features"] = features.detach()
+        if self.matching is not None:
+            wanted = [targets] if ingredients.matching in ("target", "both") else []
+            if lesson is not None and ingredients.matching in ("teacher", "both"):
+                wanted.append(lesson.outputs)
+            matched = self.matching(inputs, fake, wanted)
+            loss = loss + ingredients.matching_weight * matched
+            losses["matching"] = matched.detach()
+        if self.perceptual is not None:
+            perceived = self.perceptual(fake, targets)
+            loss = loss + ingredients.perceptual * perceived
+            losses["perceptual"] = perceived.detach()
         self.generator_optimizer.zero_grad(set_to_none=True)
+        if self.adapter_optimizer is not None:
+            self.adapter_optimizer.zero_grad(set_to_none=True)
         loss.backward()
         self.generator_optimizer.step()
-        self.discriminator.requires_grad_(True)
+        if self.adapter_optimizer is not None:
+            _set_rate(self.adapter_optimizer, learning_rate)
+            self.adapter_optimizer.step()
+        for critic in self.critics:
+            critic.network.requires_grad_(True)
         self._average()
         return losses
 
-    def _run(self, network: nn.Module, inputs: Tensor) -> Tensor:
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.options.amp):
-            return network(inputs).float()
-
-    def _judge(self, inputs: Tensor, images: Tensor) -> Tensor:
-        """Logits of the discriminator on colour-jittered images."""
-        if self.options.jitter > 0:
-            images = colour_jitter(images, self.options.jitter, self.random)
-        return self._run(self.discriminator, paired_input(inputs, images))
+    def _lesson(self, inputs: Tensor, rows: Tensor | None) -> Lesson | None:
+        """What the teacher says of a batch, where anything asks for it."""
+        ingredients = self.ingredients
+        asked = self.options.distillation > 0 or ingredients.matching in ("teacher", "both")
+        if not asked and not self.taps:
+            return None
+        if self.online is not None:
+            assert self.online.made is not None
+            features = {name: some_places(self.online.maps[name], self.steps) for name in self.taps}
+            return Lesson(self.online.made, features, self.steps)
+        if self.teacher is not None and ingredients.variants:
+            if rows is None:
+                raise ValueError("remembered answers are found by the rows of the images: hand them in")
+            return self.teacher.remembered(self.epoch % ingredients.variants, rows)
+        if self.teacher is not None:
+            return self.teacher(inputs, self.steps)
+        return None if self.lessons is None else Lesson(self.lessons(self.steps, inputs), {}, self.steps)
 
     def _average(self) -> None:
         # A short warm-up of the decay: the average must not stay at the first weights in short trainings.
@@ -246,14 +476,35 @@ class PairedTrainer:
         steps = self.options.epochs * steps_per_epoch
         return min(1.0, self.steps / steps) if steps > 0 else 1.0
 
+    def _set_training(self, training: bool) -> None:
+        self.generator.train(training)
+        for critic in self.critics:
+            critic.network.train(training)
+        if self.online is not None:
+            self.online._set_training(training)
+
+    def _epoch(self, pairs: PairedImages) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The batches of one epoch: (inputs, targets) float32 in [−1, 1], and the rows."""
+        options, variants = self.options, self.ingredients.variants
+        if not variants:
+            yield from batches(pairs, options.batch_size, self.random, options.shift)
+            return
+        variant = self.epoch % variants
+        drawn = torch.Generator().manual_seed(options.seed * 1_000_003 + variant)
+        moved = PairedImages(*augment(pairs.inputs, pairs.targets, options.shift, drawn), pairs.names)
+        if self.teacher is not None:
+            self.teacher.study(variant, moved.tensors()[0], options.batch_size)
+        yield from batches(moved, options.batch_size, self.random, augmented=False)
+
     def fit(
-        self, pairs: PairedImages, on_epoch: Callable[[TrainingProgress], None] | None = None
+        self, pairs: PairedImages, on_epoch: Callable[[TrainingProgress], bool | None] | None = None
     ) -> nn.Module:
         """Train to the end; returns the averaged generator, its statistics fresh, in evaluation mode.
 
         Args:
             pairs: the training images.
-            on_epoch: called after each pass; may save :meth:`state_dict`.
+            on_epoch: called after each pass; may save :meth:`state_dict`; True ends the training. Its own
+                time does not count.
 
         Raises:
             UserError: when a loss is no longer finite.
@@ -262,24 +513,27 @@ class PairedTrainer:
         per_epoch = max(1, len(pairs) // min(options.batch_size, len(pairs)))
         started = time.perf_counter()
         while (share := self._share(started, per_epoch)) < 1.0:
-            self.generator.train()
-            self.discriminator.train()
+            self._set_training(True)
             sums: dict[str, Tensor] = {}
             done = 0
             self.margins.clear()
-            for inputs, targets, _ in batches(pairs, options.batch_size, self.random, options.shift):
+            if self.online is not None:
+                self.online.margins.clear()
+            for inputs, targets, rows in self._epoch(pairs):
                 share = self._share(started, per_epoch)
                 if share >= 1.0:
                     break
-                rate = options.learning_rate * min(1.0, (1.0 - share) / max(1e-9, 1.0 - options.decay_from))
-                losses = self.step(inputs.to(self.device), targets.to(self.device), rate)
+                rate = options.learning_rate * rate_factor(
+                    self.ingredients.schedule, share, options.decay_from
+                )
+                losses = self.step(inputs.to(self.device), targets.to(self.device), rate, rows)
                 self.steps += 1
                 done += 1
                 for name, value in losses.items():
                     sums[name] = sums.get(name, torch.zeros_like(value)) + value
             self.epoch += 1
             means = {name: float(value) / max(1, done) for name, value in sums.items()}
-            bad = [name for name, value in means.items() if not torch.isfinite(torch.tensor(value))]
+            bad = [name for name, value in means.items() if not math.isfinite(value)]
             if bad:
                 raise UserError(
                     f"the {' and '.join(bad)} loss is no longer finite after {self.steps} steps at a "
@@ -287,13 +541,14 @@ class PairedTrainer:
                 )
             if on_epoch is not None:
                 now = time.perf_counter()
-                self.spent, started = self.spent + now - started, now
+                self.spent += now - started
                 margins = tuple(torch.stack(self.margins).tolist()) if self.margins else ()
-                on_epoch(
-                    TrainingProgress(self.epoch, self._share(now, per_epoch), means, self.spent, margins)
-                )
-        self.discriminator.eval()
-        self.generator.eval()
+                share = self._share(now, per_epoch)
+                stop = on_epoch(TrainingProgress(self.epoch, share, means, self.spent, margins))
+                started = time.perf_counter()
+                if stop is True:
+                    break
+        self._set_training(False)
         return self.result(pairs)
 
     def result(self, pairs: PairedImages, images: int = 512) -> nn.Module:
@@ -308,11 +563,39 @@ class PairedTrainer:
                 network(chunk.to(self.device))
         return network
 
+    def pair(self, result: nn.Module) -> tuple[nn.Module, nn.Module]:
+        """What a finetuning hands out: the result of :meth:`fit` and the discriminator, ready to use."""
+        result = result.to(memory_format=torch.contiguous_format)
+        critic = copy.deepcopy(self.discriminator).eval().requires_grad_(False)
+        return result, critic.to(memory_format=torch.contiguous_format)
+
+
+def _mean(values: Sequence[Tensor]) -> Tensor:
+    """Of 0-d tensors; one alone is itself, to the last bit."""
+    return values[0] if len(values) == 1 else torch.stack(list(values)).mean()
+
 
 FINETUNING = TrainingOptions(
     epochs=10, learning_rate=5e-4, decay_from=0.3, distillation=50.0, ema=0.99, shift=4
 )
 """Defaults of finetuning: short, so the rate is higher and falls sooner, and the average forgets faster."""
+
+
+def finetuner(
+    generator: nn.Module,
+    discriminator: nn.Module,
+    teacher: nn.Module | Lessons,
+    options: TrainingOptions = FINETUNING,
+    ingredients: Ingredients = NO_INGREDIENTS,
+    dense: DensePair | None = None,
+) -> PairedTrainer:
+    """The trainer of a pruned pair, ready to fit: see :func:`finetune` for the arguments.
+
+    Seeds torch's own generator, which dropout draws from.
+    """
+    generator, discriminator = (trainable_copy(one, options.amp) for one in (generator, discriminator))
+    torch.manual_seed(options.seed)
+    return PairedTrainer(generator, discriminator, options, teacher, ingredients, dense)
 
 
 def finetune(
@@ -321,23 +604,20 @@ def finetune(
     teacher: nn.Module | Lessons,
     pairs: PairedImages,
     options: TrainingOptions = FINETUNING,
-    on_epoch: Callable[[TrainingProgress], None] | None = None,
+    on_epoch: Callable[[TrainingProgress], bool | None] | None = None,
+    ingredients: Ingredients = NO_INGREDIENTS,
+    dense: DensePair | None = None,
 ) -> tuple[nn.Module, nn.Module]:
     """Train a pruned pair on: native losses, and distillation from the dense generator.
 
     Args:
         generator, discriminator: the pruned pair; copied, not changed.
         teacher: the dense generator, or its :class:`Lessons` where several finetunings share them.
+        on_epoch: see :meth:`PairedTrainer.fit`.
+        ingredients: what is added; most need ``dense``.
 
     Returns:
         The averaged generator and the discriminator, both in evaluation mode.
     """
-    generator, discriminator = copy.deepcopy(generator), copy.deepcopy(discriminator)
-    for network in (generator, discriminator):
-        network.requires_grad_(True)
-        if options.amp:
-            network.to(memory_format=torch.channels_last)  # what bfloat16 convolutions are quick in
-    torch.manual_seed(options.seed)  # dropout
-    trainer = PairedTrainer(generator, discriminator, options, teacher)
-    result = trainer.fit(pairs, on_epoch).to(memory_format=torch.contiguous_format)
-    return result, discriminator.eval().requires_grad_(False).to(memory_format=torch.contiguous_format)
+    trainer = finetuner(generator, discriminator, teacher, options, ingredients, dense)
+    return trainer.pair(trainer.fit(pairs, on_epoch))

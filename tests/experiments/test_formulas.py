@@ -198,13 +198,12 @@ def test_a_short_one_has_a_schedule_of_its_own(monkeypatch: pytest.MonkeyPatch) 
     rates: list[float] = []
     step = formulas.PairedTrainer.step
 
-    def spy(self: Any, inputs: Tensor, targets: Tensor, learning_rate: float) -> Any:
+    def spy(self: Any, inputs: Tensor, targets: Tensor, learning_rate: float, *rest: Any) -> Any:
         rates.append(learning_rate)
-        return step(self, inputs, targets, learning_rate)
+        return step(self, inputs, targets, learning_rate, *rest)
 
     monkeypatch.setattr(formulas.PairedTrainer, "step", spy)
-    options = replace(FINETUNING, epochs=50, batch_size=4, decay_from=0.5, learning_rate=1.0, amp=False)
-    options = replace(options, learning_rate=1e-3)
+    options = replace(FINETUNING, epochs=50, batch_size=4, decay_from=0.5, learning_rate=1e-3)
     Rehearsal(
         tiny_generator(),
         tiny_discriminator(),

@@ -10,6 +10,7 @@ import pytest
 
 from experiments import trials
 from experiments.trials import Settings, Trial, TrialLog, TrialResult, Workbench, run_trials
+from gan.distillation import Ingredients
 from gan.elastic import ElasticNetwork
 from gan.errors import UserError
 from gan.evaluation import COLUMNS
@@ -57,6 +58,15 @@ def test_the_dense_discriminator_stays_whole(bench: Workbench, task: Task) -> No
     assert dense.raw["l1"] == pruned.raw["l1"]  # the generator's slice is the same
     assert dense.raw["balance_gap"] != pruned.raw["balance_gap"]
     assert dense.row["l1"] != pruned.row["l1"]
+
+
+def test_ingredients_change_results_and_not_the_teacher(bench: Workbench) -> None:
+    plain = bench(Trial("a", PLAN, 0))
+    bench.settings = replace(SETTINGS, ingredients=Ingredients(features="alignment", adversary="both"))
+    added = bench(Trial("a", PLAN, 0))
+    assert steady(added.raw) == steady(plain.raw)
+    assert steady(added.row) != steady(plain.row)
+    assert "ingredients" not in SETTINGS.fingerprint(bench.task)
 
 
 def test_the_teacher_answers_once_a_seed(bench: Workbench) -> None:
@@ -115,6 +125,7 @@ def test_the_fingerprint_names_what_results_depend_on(
         replace(SETTINGS, weights=str(tmp_path / "a")),
         replace(SETTINGS, weights=str(tmp_path / "b")),
     ]
+    settings += [replace(SETTINGS, seconds=9.0), replace(SETTINGS, ingredients=Ingredients(online=True))]
     found = [json.dumps(one.fingerprint(task)) for one in settings]
     assert len(set(found)) == len(settings)
     assert found[0] == json.dumps(replace(SETTINGS).fingerprint(task))

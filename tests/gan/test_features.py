@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from gan.errors import UserError
-from gan.features import Extractor, _load, load_efficientnet_lite0, load_extractor, prepare
+from gan.features import Extractor, _load, load_efficientnet_lite0, load_extractor, load_stages, prepare
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +34,24 @@ def test_the_runtime_equals_eager_torch(images, features):
     assert features.dtype == torch.float32
     assert eager.abs().max() > 1  # the weights are the trained ones
     torch.testing.assert_close(features, eager, atol=1e-3, rtol=0)
+
+
+def test_maps_inside_are_those_of_eager_torch(images, features):
+    """After two blocks, one of which halves the map; the last map, pooled, gives the features."""
+    network, _ = load_efficientnet_lite0(112)
+    eager = []
+    hooks = [network._blocks[n].register_forward_hook(lambda _, __, out: eager.append(out)) for n in (4, 5)]
+    with torch.no_grad():
+        network.extract_features(prepare(images, 112))
+    for hook in hooks:
+        hook.remove()
+    stages = load_stages((4, 5), threads=1)
+    maps = stages(images)
+    assert [tuple(one.shape[1:]) for one in maps] == [(40, 14, 14), (80, 7, 7), (1280, 4, 4)]
+    assert stages.shapes == ((40, 14, 14), (80, 7, 7), (1280, 4, 4))
+    for found, expected in zip(maps[:2], eager, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(maps[-1].mean((2, 3)), features, atol=1e-4, rtol=0)
 
 
 def test_features_do_not_depend_on_the_batch_or_the_order(extractor, images, features):

@@ -9,9 +9,12 @@ from gan.errors import UserError
 from gan.losses import (
     discriminator_loss,
     generator_loss,
+    kernel_alignment,
     logit_distillation,
     output_distillation,
     paired_input,
+    relative_distance,
+    scaled_error,
 )
 
 REAL = torch.tensor([[2.0, 0.0]])
@@ -89,3 +92,39 @@ def test_the_paired_input_stacks_condition_and_image():
     assert stacked.shape == (2, 6, 4, 4)
     assert stacked[:, :3].max() == 0
     assert stacked[:, 3:].min() == 1
+
+
+def test_kernel_alignment_by_hand():
+    """Against the cosine between the centred kernel matrices of the places."""
+    random = torch.Generator().manual_seed(0)
+    x, y = (torch.randn(7, c, generator=random, dtype=torch.float64) for c in (3, 5))
+    centre = torch.eye(7, dtype=torch.float64) - 1 / 7
+    k, l = (centre @ z @ z.T @ centre for z in (x, y))  # noqa: E741
+    wanted = (k * l).sum() / (k.norm() * l.norm())
+    torch.testing.assert_close(kernel_alignment(x, y), wanted)
+
+
+def test_kernel_alignment_does_not_know_what_channels_are_called():
+    random = torch.Generator().manual_seed(1)
+    x = torch.randn(50, 4, generator=random)
+    turned = 3 * x @ torch.linalg.qr(torch.randn(4, 4, generator=random))[0] + 2
+    assert float(kernel_alignment(x, turned)) == pytest.approx(1.0, abs=1e-5)
+    other = torch.randn(50, 4, generator=random)
+    values = [float(kernel_alignment(x, turned + s * other)) for s in (1.0, 5.0, 50.0)]
+    assert 1 > values[0] > values[1] > values[2] > 0
+    assert float(kernel_alignment(x, torch.ones(50, 2))) == 0.0  # a constant is like nothing
+
+
+def test_scaled_error_by_hand():
+    teacher = torch.tensor([[1.0, 10.0], [3.0, 10.0]])  # variance 1 and 0: 0.5 on average
+    assert float(scaled_error(teacher + 1, teacher)) == pytest.approx(2.0)
+    assert float(scaled_error(5 * teacher, 5 * teacher + 5)) == pytest.approx(2.0)
+    assert float(scaled_error(teacher, teacher)) == 0.0
+
+
+def test_relative_distance_by_hand():
+    """Each map counts the same, whatever its scale."""
+    wanted = [torch.tensor([1.0, -1.0]), torch.tensor([100.0, 300.0, -200.0])]
+    made = [torch.tensor([1.5, -1.0]), torch.tensor([100.0, 300.0, -140.0])]
+    assert float(relative_distance(made, wanted)) == pytest.approx((0.25 + 0.1) / 2)
+    assert float(relative_distance(wanted, wanted)) == 0.0

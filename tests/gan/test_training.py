@@ -24,6 +24,7 @@ from gan.training import (
     TrainingProgress,
     colour_jitter,
     finetune,
+    rate_factor,
 )
 from tests.gan.conftest import random, tiny_discriminator, tiny_generator, tiny_pairs
 
@@ -128,13 +129,44 @@ def test_the_learning_rate_falls_linearly_in_the_end(monkeypatch):
     trained = trainer(replace(OPTIONS, epochs=2, learning_rate=1.0, decay_from=0.5, discriminator_rate=0.25))
     rates: list[float] = []
 
-    def step(inputs: Tensor, targets: Tensor, learning_rate: float) -> dict[str, Tensor]:
+    def step(inputs: Tensor, targets: Tensor, learning_rate: float, rows: Tensor) -> dict[str, Tensor]:
         rates.append(learning_rate)
         return {"l1": torch.zeros(())}
 
     monkeypatch.setattr(trained, "step", step)
     trained.fit(tiny_pairs(16))
     assert rates == pytest.approx([1, 1, 1, 1, 1, 0.75, 0.5, 0.25])
+
+
+def test_schedules_by_hand():
+    assert [rate_factor("linear", share, 0.5) for share in (0.0, 0.5, 0.75, 1.0)] == [1.0, 1.0, 0.5, 0.0]
+    assert [rate_factor("cosine", share) for share in (0.0, 0.5, 1.0)] == pytest.approx([1.0, 0.5, 0.0])
+    assert rate_factor("cosine", 0.25) == pytest.approx(0.5 + 2**-1.5)
+    # Cycles of 1, 2, 4 and 8 fifteenths: each begins at the top and is half way down in its middle.
+    for begin, length in ((0, 1), (1, 2), (3, 4), (7, 8)):
+        assert rate_factor("restarts", (begin + 1e-9) / 15) == pytest.approx(1.0)
+        assert rate_factor("restarts", (begin + length / 2) / 15) == pytest.approx(0.5)
+        assert rate_factor("restarts", (begin + length - 1e-6) / 15) == pytest.approx(0.0, abs=1e-9)
+    assert rate_factor("restarts", 1.0) == pytest.approx(0.0)
+    with pytest.raises(UserError, match=r"unknown schedule 'cosin'; .* did you mean 'cosine'"):
+        rate_factor("cosin", 0.5)
+
+
+def test_the_callback_may_end_a_training_and_its_time_does_not_count(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(gan.training, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    told: list[TrainingProgress] = []
+
+    def on_epoch(progress: TrainingProgress) -> bool:
+        told.append(progress)
+        clock[0] += 1000.0  # a measurement, say
+        return progress.epoch == 2
+
+    trained = trainer(replace(OPTIONS, epochs=10**9, seconds=50.0))
+    result = trained.fit(tiny_pairs(12), on_epoch)
+    assert [progress.epoch for progress in told] == [1, 2]
+    assert [progress.seconds for progress in told] == [0.0, 0.0]
+    assert not result.training
 
 
 def test_the_discriminator_has_its_own_rate():

@@ -1,0 +1,495 @@
+"""Finetune a plan: of a finished run, or of a file; as long as one likes, and resumable after every epoch."""
+
+from __future__ import annotations
+
+import io
+import math
+import pickle
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pandas as pd
+import torch
+from rich.console import Console
+from torch import nn
+from tyro.conf import OmitArgPrefixes, Positional
+
+from experiments import cli
+from experiments.build import finetuning, image_counts, pick_device
+from experiments.figures import learning_curve, save_figure
+from experiments.report import evaluation_table
+from experiments.runs import (
+    RunFolder,
+    create_run,
+    describe_run,
+    flag,
+    given_options,
+    open_run,
+    plain,
+    read_json,
+    read_options,
+)
+from experiments.watch import Watch
+from gan.append_log import AppendLog
+from gan.checkpoints import load_network, save_network, state_hash
+from gan.data import PairedImages, to_float, to_uint8
+from gan.distillation import DensePair, Ingredients
+from gan.elastic import ElasticNetwork
+from gan.errors import UserError, unknown
+from gan.evaluation import Judge
+from gan.features import load_extractor
+from gan.fidelity import image_l1, kid
+from gan.files import file_hash, write_bytes, write_json, write_text
+from gan.plans import Plan
+from gan.scoring import run_batched
+from gan.tasks import AGENTS, Task, load_elastic, load_task
+from gan.training import FINETUNING, PairedTrainer, TrainingOptions, TrainingProgress, finetuner
+
+Pair = tuple[nn.Module, nn.Module]
+DESCRIPTION = """Finetunes the pruned pair of a plan with native GAN losses, distillation from the dense pair
+and further ingredients. Val images decide when to stop, test images are looked at once, in the end."""
+EXAMPLES = (
+    ("python experiments/finetune.py runs/NAME --epochs 40", "the best plan of a run, longer"),
+    ("python experiments/finetune.py plan.json --task edges2emoji --minutes 30", "a plan of one's own"),
+    ("python experiments/finetune.py runs/NAME --features alignment --schedule cosine", "with ingredients"),
+    ("python experiments/finetune.py --resume runs/NAME", "go on with an interrupted finetuning"),
+)
+DEFAULT_TASK = "edges2emoji"
+KID, L1 = "val_kid", "val_l1"
+"""What is measured on val; the first decides."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of ``finetune.py``."""
+
+    source: Positional[Path | None] = None
+    """Finished run folder, or a JSON file: {"widths": {"generator": […], "discriminator": […]}}."""
+    task: str | None = None
+    """Embedded task; a run knows its own, for a file it is edges2emoji by default."""
+    plan: str = "best"
+    """Which plan of a run: best, proposed or uniform."""
+    epochs: int | None = None
+    """Passes over the training images; 10 unless --minutes is given."""
+    minutes: float | None = None
+    """Train for this long instead; measuring does not count."""
+    start: Literal["elastic", "dense"] | None = None
+    """Cut the plan out of elastic weights or of the dense ones; by default what the run did, or elastic."""
+    elastic: Path | None = None
+    """File of elastic weights; without it the run's own, or those that come with the task."""
+    ingredients: Annotated[Ingredients, OmitArgPrefixes] = field(default_factory=Ingredients)
+    """What is added to native losses and output distillation."""
+    learning_rate: float = FINETUNING.learning_rate
+    """Of the generator."""
+    distillation: float = FINETUNING.distillation
+    """Weight of the distance to the dense generator's outputs."""
+    ema: float = FINETUNING.ema
+    """Decay per step of the averaged weights, which are the result."""
+    validate_every: int = 1
+    """Measure the averaged weights on val every so many epochs."""
+    patience: int = 0
+    """Stop after so many measurements without a better KID on val; 0 never stops early."""
+    seed: int = 0
+    """Of order, augmentation, dropout and adapters."""
+    output: Path | None = None
+    """New folder; without it runs/TASK-finetune-sSEED, numbered when that exists."""
+    resume: Path | None = None
+    """Go on with this finetuning; its own options are used."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the networks run; auto takes CUDA when there is one."""
+    quick: bool = False
+    """Few images and epochs: a look around, no result."""
+
+
+@dataclass(frozen=True)
+class FinetuneFolder:
+    """The paths of one finetuning, beside those of ``runs.RunFolder``.
+
+    Attributes:
+        run: the folder.
+    """
+
+    run: RunFolder
+
+    @property
+    def log(self) -> Path:
+        """One line per epoch: losses, seconds and, where measured, the val figures."""
+        return self.run.path / "log.jsonl"
+
+    @property
+    def checkpoint(self) -> Path:
+        """Everything that a resumed training needs, of the last whole epoch."""
+        return self.run.path / "checkpoint.pt"
+
+    @property
+    def curve(self) -> Path:
+        return self.run.path / "curve.png"
+
+
+class EpochLog:
+    """Append-only ``log.jsonl``; of an epoch that was trained again the last line counts.
+
+    Attributes:
+        entries: epoch → its line; 0 is the start.
+
+    Raises:
+        UserError: the file was written from another start or with other options, or is damaged.
+    """
+
+    def __init__(self, path: Path, header: Mapping[str, Any]) -> None:
+        self.entries: dict[int, dict[str, Any]] = {}
+        self._file = AppendLog(path, header, self._read, kind="log of a finetuning", entries="epochs")
+
+    def _read(self, entry: Mapping[str, Any]) -> None:
+        self.entries[int(entry["epoch"])] = dict(entry)
+
+    def append(self, entry: Mapping[str, Any]) -> None:
+        self._file.append(entry)
+        self._read(entry)
+
+    def cut(self, epoch: int) -> None:
+        """Forget what came after an epoch: it will be trained again."""
+        self.entries = {place: entry for place, entry in self.entries.items() if place <= epoch}
+
+    @property
+    def validated(self) -> list[dict[str, Any]]:
+        """Entries with val figures, in the order of the epochs."""
+        return [self.entries[epoch] for epoch in sorted(self.entries) if KID in self.entries[epoch]]
+
+    def stale(self, patience: int) -> bool:
+        """Whether the last ``patience`` measurements of trained weights bettered none before them."""
+        values = [entry[KID] for entry in self.validated if entry["epoch"] > 0]
+        return 0 < patience < len(values) and min(values[-patience:]) >= min(values[:-patience])
+
+
+def main(options: Options) -> None:
+    """Cut, train, choose, measure."""
+    console = Console()
+    options, folder = open_folder(options)
+    try:
+        run(options, folder, console)
+    except KeyboardInterrupt:
+        command = f"python experiments/finetune.py --resume {folder.run.path}"
+        raise KeyboardInterrupt(f"stopped; whole epochs are kept; go on with: {command}") from None
+
+
+def open_folder(options: Options) -> tuple[Options, FinetuneFolder]:
+    """Check the options and make the folder with its start, or open the one to resume.
+
+    Raises:
+        UserError: an option that no finetuning can use; nothing has been written then.
+    """
+    if options.resume is not None:
+        folder = open_run(options.resume)
+        given = [
+            "the run or plan" if name == "source" else flag(name)
+            for name in given_options(options, free=("resume",))
+        ]
+        if given:
+            raise UserError(f"--resume goes on with its own options; leave out {', '.join(given)}")
+        known = read_options(folder, Options)
+        folder.require(folder.weights("generator", "raw"), folder.weights("discriminator", "raw"))
+        if folder.finished:
+            raise UserError(f"the finetuning {folder.path} is finished: see {folder.evaluation}")
+        return known, FinetuneFolder(folder)
+    check(options)
+    assert options.source is not None
+    plan, task, weights, start = read_source(options)
+    try:
+        pair = task.cut(weights, plan)
+    except (KeyError, ValueError) as error:
+        raise UserError(f"the plan of {options.source} does not fit {task.name}: {error.args[0]}") from error
+    epochs = None if options.minutes is not None else options.epochs or FINETUNING.epochs
+    options = replace(options, source=options.source.resolve(), task=task.name, start=start, epochs=epochs)
+    folder = create_run(task.name, "finetune", options.seed, options.output)
+    describe_run(folder, options, device=str(task.device), threads=torch.get_num_threads())
+    write_json(folder.plan, {"best": plan.to_dict()})
+    # In full precision: a resumed finetuning begins with the same numbers, wherever the run has gone.
+    save_pair(folder, "raw", task, plan, pair, half=False)
+    return options, FinetuneFolder(folder)
+
+
+def check(options: Options) -> None:
+    """Refuse what no finetuning can use."""
+    if options.source is None:
+        raise UserError(
+            "there is nothing to finetune; give a run folder or a plan file, or --resume a folder"
+        )
+    if options.epochs is not None and options.minutes is not None:
+        raise UserError("--epochs and --minutes exclude each other; give one")
+    for name, least in (("epochs", 1), ("validate_every", 1), ("patience", 0), ("distillation", 0)):
+        value = getattr(options, name)
+        if value is not None and not value >= least:
+            raise UserError(f"{flag(name)} is {value}; it must be {least} or more")
+    for name in ("minutes", "learning_rate"):
+        value = getattr(options, name)
+        if value is not None and not 0 < value < math.inf:
+            raise UserError(f"{flag(name)} is {value}; it must be above 0")
+    if not 0 <= options.ema < 1:
+        raise UserError(f"--ema is {options.ema}; it must be 0 or more, below 1")
+    if not 0 <= options.seed < 2**32:
+        raise UserError(f"--seed is {options.seed}; it must be 0 or more, below 2^32")
+    if options.start == "dense" and options.elastic is not None:
+        raise UserError("--elastic is of no use with --start dense; leave one out")
+    options.ingredients.check()
+
+
+def read_source(
+    options: Options,
+) -> tuple[Plan, Task, Mapping[str, ElasticNetwork], Literal["elastic", "dense"]]:
+    """The plan, its task, and what it is cut from."""
+    source, device = options.source, pick_device(options.device)
+    assert source is not None
+    if not source.is_dir():
+        if not source.is_file():
+            raise UserError(f"{source} does not exist; give a run folder or a plan file")
+        task, start = load_task(options.task or DEFAULT_TASK, device), options.start or "elastic"
+        return read_plan(source, options.plan), task, cut_from(task, start, options.elastic), start
+    folder = open_run(source)
+    folder.require(folder.plan, folder.elastic_reference)
+    known = read_json(folder.options).get("task")
+    if options.task not in (None, known):
+        raise UserError(f"the run {source} is of task {known!r}; leave out --task")
+    task, reference = load_task(str(known), device), read_json(folder.elastic_reference)
+    start = options.start or reference.get("start", "elastic")
+    own = folder.elastic if folder.elastic.is_file() else None
+    weights = cut_from(task, start, options.elastic or own)
+    shipped = start == "elastic" and options.elastic is None and own is None
+    if shipped and task.elastic_path and reference.get("hash", "") != file_hash(task.elastic_path):
+        raise UserError(
+            f"the run {source} was made with other elastic weights than {task.name} comes with; "
+            "name them with --elastic FILE, or use --start dense"
+        )
+    return read_plan(folder.plan, options.plan), task, weights, start
+
+
+def cut_from(
+    task: Task, start: Literal["elastic", "dense"], path: Path | None
+) -> Mapping[str, ElasticNetwork]:
+    """The weights that plans are cut from."""
+    return load_elastic(path, task) if start == "elastic" and path else task.elastic_weights(start)
+
+
+def read_plan(path: Path, name: str) -> Plan:
+    """A plan of a JSON file: the file's only one, or one of several by name, as in a run's ``plan.json``.
+
+    Raises:
+        UserError: no such plan.
+    """
+    data = read_json(path)
+    if not isinstance(data, dict):
+        raise UserError(f"{path} holds no plan; it needs the key 'widths' with one list per network")
+    if "widths" not in data and any(isinstance(value, dict) for value in data.values()):
+        if name not in data:
+            raise unknown("plan", name, data)
+        data = data[name]
+    try:
+        return Plan.from_dict(data)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{path} holds no plan: {error}") from error
+
+
+@dataclass(frozen=True)
+class Images:
+    """What is trained on, chosen on, measured on; few of each with ``--quick``."""
+
+    train: PairedImages
+    val: PairedImages
+    test: PairedImages
+
+    @classmethod
+    def of(cls, task: Task, quick: bool) -> Images:
+        counts = image_counts(quick)
+        wanted = ((task.train, counts.train), (task.val, counts.judged), (task.test, counts.judged))
+        return cls(*(pairs if count is None else pairs.take(count) for pairs, count in wanted))
+
+
+def training_options(options: Options, device: torch.device) -> TrainingOptions:
+    """Those of the finetuning stage, with what was given."""
+    epochs, minutes = options.epochs or FINETUNING.epochs, options.minutes
+    if options.quick:
+        epochs, minutes = min(epochs, 2), None if minutes is None else min(minutes, 0.1)
+    chosen = finetuning(epochs, options.seed, device, None if minutes is None else 60 * minutes)
+    return replace(
+        chosen,
+        learning_rate=options.learning_rate,
+        distillation=options.distillation,
+        ema=options.ema,
+    )
+
+
+def run(options: Options, folder: FinetuneFolder, console: Console) -> None:
+    """Train to the end, decide on val, measure on test."""
+    watch = Watch(console)
+    console.print(f"[bold]{folder.run.path}[/bold]  {options.task}, seed {options.seed}", highlight=False)
+    with watch.stage("load"):
+        task = load_task(str(options.task), pick_device(options.device))
+        images = Images.of(task, options.quick)
+        plan = read_plan(folder.run.plan, "best")
+        raw = load_pair(folder.run, task)
+        dense = task.networks["generator"], task.networks["discriminator"]
+        extractor = load_extractor(device=task.device)
+        judge = Judge.build(*dense, images.val, extractor)
+        training = training_options(options, task.device)
+        log = EpochLog(folder.log, fingerprint(options, training, raw))
+        beside = DensePair(*dense, task.groups["generator"])
+        trainer = finetuner(*raw, dense[0], training, options.ingredients, beside)
+        load_checkpoint(folder.checkpoint, trainer)
+        log.cut(trainer.epoch)
+        if 0 not in log.entries:
+            log.append({"epoch": 0, "steps": 0, "seconds": 0.0, **measure(judge, raw[0])})
+    if trainer.epoch:
+        console.print(f"going on after epoch {trainer.epoch}", highlight=False)
+    tuned = train(trainer, images, judge, log, folder, options, watch)
+    if KID not in log.entries[trainer.epoch]:
+        log.append({**log.entries[trainer.epoch], **measure(judge, tuned[0])})
+
+    before, after = (log.entries[epoch] for epoch in (0, trainer.epoch))
+    kept = "before" if after[KID] > before[KID] else "after"
+    result = raw if kept == "before" else tuned
+    save_pair(folder.run, "", task, plan, result, half=True)
+    with watch.stage("evaluate"):
+        test = Judge.build(*dense, images.test, extractor)
+        pairs = {"dense": dense, "before": raw, "after": tuned}
+        rows = {name: test.row(*pair) for name, pair in pairs.items()}
+    with watch.stage("pictures"):
+        frame = pd.DataFrame([log.entries[epoch] for epoch in sorted(log.entries)])
+        save_figure(
+            learning_curve(frame, measure(judge, dense[0]), f"{task.name}: finetuning, val images"),
+            folder.curve,
+        )
+    verdict = f"val KID {before[KID]:.3f} before, {after[KID]:.3f} after: " + (
+        "the finetuned pair is kept" if kept == "after" else "finetuning made it worse, the start is kept"
+    )
+    protocol = (
+        f"{len(images.test)} test images of {task.name}; the last averaged weights, or the start where val "
+        "prefers it; nothing was chosen on test"
+    )
+    table = pd.DataFrame([{"row": name, "kept": name == kept, **row} for name, row in rows.items()])
+    write_text(folder.run.metrics, table.to_csv(index=False))
+    # Written last: a finetuning that has it is finished.
+    write_json(
+        folder.run.evaluation,
+        {
+            "seconds": watch.seconds,
+            "protocol": protocol,
+            "verdict": verdict,
+            "kept": kept,
+            "epochs": trainer.epoch,
+            "steps": trainer.steps,
+            "steps_per_second": round(trainer.steps / max(1e-9, trainer.spent), 3),
+            "rows": rows,
+        },
+    )
+    folder.checkpoint.unlink(missing_ok=True)
+    evaluation_table(rows, console)
+    console.print(
+        f"{verdict}\n{protocol}\neverything is in {folder.run.path}", highlight=False, soft_wrap=True
+    )
+
+
+def train(
+    trainer: PairedTrainer,
+    images: Images,
+    judge: Judge,
+    log: EpochLog,
+    folder: FinetuneFolder,
+    options: Options,
+    watch: Watch,
+) -> Pair:
+    """Train with a bar; after every epoch a line in the log and a checkpoint."""
+    total = 1.0 if trainer.options.seconds else float(trainer.options.epochs)
+    with watch.stage("finetune", total) as stage:
+
+        def on_epoch(progress: TrainingProgress) -> bool:
+            last = progress.share >= 1.0
+            entry = {
+                "epoch": progress.epoch,
+                "steps": trainer.steps,
+                "seconds": round(progress.seconds, 2),
+                **progress.losses,
+            }
+            if last or progress.epoch % options.validate_every == 0:
+                entry |= measure(judge, trainer.result(images.train))
+                stage.say(f"val KID {entry[KID]:.3f}, L1 {entry[L1]:.4f}")
+            stage.at(round(progress.share * total, 2), total)
+            log.append(plain(entry))
+            save_checkpoint(folder.checkpoint, trainer)
+            return KID in entry and log.stale(options.patience)
+
+        if log.stale(options.patience):  # it was stopped when it had ended
+            return trainer.pair(trainer.result(images.train))
+        return trainer.pair(trainer.fit(images.train, on_epoch))
+
+
+def measure(judge: Judge, generator: nn.Module) -> dict[str, float]:
+    """KID and L1 on the judge's images, as in its rows: outputs of 8 bits, the mirrored ones too for KID."""
+    yardstick = judge.yardstick
+    made = to_float(to_uint8(run_batched(generator, judge.flipped_inputs)))
+    return {
+        KID: round(float(kid(judge.real_features, yardstick.extractor(made))), 6),
+        L1: round(float(image_l1(made[: len(yardstick.inputs)], yardstick.targets)), 6),
+    }
+
+
+def fingerprint(options: Options, training: TrainingOptions, raw: Pair) -> dict[str, Any]:
+    """What the log depends on."""
+    return {
+        "start": {agent: state_hash(network) for agent, network in zip(AGENTS, raw, strict=True)},
+        "training": plain(asdict(training)),
+        "ingredients": plain(asdict(options.ingredients)),
+    }
+
+
+def save_checkpoint(path: Path, trainer: PairedTrainer) -> None:
+    """Write the whole state of a training, beside and renamed."""
+    data = io.BytesIO()
+    torch.save(trainer.state_dict(), data)
+    write_bytes(path, data.getvalue())
+
+
+def load_checkpoint(path: Path, trainer: PairedTrainer) -> None:
+    """Go on from a checkpoint, if there is one.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    if not path.exists():
+        return
+    try:
+        trainer.load_state_dict(torch.load(path, map_location=trainer.device, weights_only=True))
+    except (RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
+        # torch's own message is a page long.
+        raise UserError(f"{path} is damaged; delete it to train from the start again") from error
+
+
+def save_pair(folder: RunFolder, stage: str, task: Task, plan: Plan, pair: Pair, half: bool) -> None:
+    """Write both networks with their recipes."""
+    for agent, network in zip(AGENTS, pair, strict=True):
+        architecture = task.architectures[agent].pruned(widths_of(network, task, agent, plan))
+        recipe = {"task": task.name, "image_size": task.image_size, "row": stage, "plan": plan.to_dict()}
+        save_network(folder.weights(agent, stage), network, architecture, recipe, half=half)
+
+
+def widths_of(network: nn.Module, task: Task, agent: str, plan: Plan) -> tuple[int, ...]:
+    """The plan's widths, or the dense ones where the dense discriminator took the pruned one's place."""
+    dense = task.networks[agent]
+    shapes = [[p.shape for p in one.parameters()] for one in (network, dense)]
+    if shapes[0] == shapes[1]:
+        return tuple(group.channels for group in task.groups[agent])
+    return plan[agent]
+
+
+def load_pair(folder: RunFolder, task: Task) -> Pair:
+    """The start, read back even when just made."""
+    generator, discriminator = (
+        load_network(folder.weights(agent, "raw"))[0].to(task.device).requires_grad_(False)
+        for agent in AGENTS
+    )
+    return generator, discriminator
+
+
+if __name__ == "__main__":
+    cli.run(main, Options, DESCRIPTION, EXAMPLES)

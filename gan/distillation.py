@@ -1,0 +1,344 @@
+"""What a small network learns from a large one beyond its outputs: feature maps, perceptual distances."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import partial
+from typing import Literal, NamedTuple, get_args, get_type_hints
+
+import torch
+from torch import Tensor, nn
+
+from gan.errors import UserError, unknown
+from gan.features import load_differentiable_stages
+from gan.groups import CONVOLUTIONS, NORMS, ChannelGroup
+from gan.losses import kernel_alignment, paired_input, relative_distance, scaled_error
+
+SMALLEST_MAP = 4
+"""Height in pixels of the smallest maps that are compared. Below it a batch of 16 images has fewer places
+than channels, and then any features are alike to the alignment (and an adapter fits any)."""
+PLACES = 64
+"""Places of a map that are compared, drawn anew at each step: an 8 × 8 map is taken whole, of a larger one
+enough to tell 256 channels apart in a batch of 16."""
+
+
+@dataclass(frozen=True)
+class Ingredients:
+    """What finetuning adds to native losses and output distillation; everything is off by default."""
+
+    features: Literal["none", "alignment", "adapters"] = "none"
+    """Distil the generator's feature maps: by kernel alignment, or through 1 × 1 adapters that are trained
+    along and thrown away."""
+    feature_weight: float = 50.0
+    """Weight of that; its gradient is then about as long as that of the output distillation."""
+    variants: int = 0
+    """Draw the augmentation of an image from so many fixed ones, so that the teacher's outputs and features
+    are computed once and remembered (0.1 MB for each image and variant); 0 draws anew in every epoch."""
+    matching: Literal["none", "target", "teacher", "both"] = "none"
+    """Match what the dense discriminator's layers see in the target, in the teacher's output, or in both."""
+    matching_weight: float = 10.0
+    """Weight of that."""
+    perceptual: float = 0.0
+    """Weight of the distance to the target in early features of EfficientNet-Lite0, such as 20; 0 is off.
+    KID, FID, density and coverage are measured with that network too, so they flatter what it trained."""
+    adversary: Literal["pruned", "dense", "both"] = "pruned"
+    """Who is to be fooled: the pruned discriminator, the dense one (it then takes the pruned one's place in
+    the pair), or both, by the mean of the two losses."""
+    schedule: Literal["linear", "cosine", "restarts"] = "linear"
+    """Of the learning rate: constant, then linearly to 0; half a cosine; or cosines with warm restarts."""
+    online: bool = False
+    """The dense pair trains on beside the pruned one, which is taught by its outputs of the moment."""
+    online_rate: float = 0.4
+    """Learning rate of that dense pair as a share of the pruned one's: by default that of pretraining."""
+
+    @property
+    def teaches_maps(self) -> bool:
+        return self.features != "none"
+
+    @property
+    def needs_dense(self) -> bool:
+        """Whether the dense pair must be at hand, not just its generator's outputs."""
+        return (
+            self.teaches_maps
+            or self.variants > 0
+            or self.matching != "none"
+            or self.adversary != "pruned"
+            or self.online
+        )
+
+    def check(self) -> None:
+        """Refuse what no training can use.
+
+        Raises:
+            UserError: in one sentence.
+        """
+        hints = get_type_hints(type(self))
+        for field in fields(self):
+            value, allowed = getattr(self, field.name), get_args(hints[field.name])
+            if allowed and value not in allowed:
+                raise unknown(field.name.replace("_", " "), value, allowed)
+            if not allowed and not value >= 0:  # NaN too
+                raise UserError(f"--{field.name.replace('_', '-')} is {value}; it must be 0 or more")
+        if self.online and self.variants:
+            raise UserError("an online teacher changes from step to step: leave out --online or --variants")
+
+
+NO_INGREDIENTS = Ingredients()
+"""Native losses and output distillation alone."""
+
+
+@dataclass(frozen=True)
+class DensePair:
+    """What is distilled from.
+
+    Attributes:
+        generator, discriminator: the dense networks; copied where they train, never changed.
+        groups: the generator's channel groups.
+    """
+
+    generator: nn.Module
+    discriminator: nn.Module
+    groups: tuple[ChannelGroup, ...]
+
+
+def behind(network: nn.Module, convolution: str) -> str:
+    """Dotted name of the norm right behind a convolution in its Sequential, or of the convolution itself.
+
+    A norm takes back what the convolution does to a channel's scale, so the maps behind it are what the next
+    layer sees.
+    """
+    parent, _, place = convolution.rpartition(".")
+    follower = f"{parent}.{int(place) + 1}" if place.isdigit() else ""
+    modules = dict(network.named_modules())
+    return follower if isinstance(modules.get(follower), NORMS) else convolution
+
+
+def generator_taps(network: nn.Module, groups: Sequence[ChannelGroup]) -> tuple[str, ...]:
+    """Names of the modules whose outputs are compared: one per channel group, at matching depths."""
+    taps = tuple(behind(network, group.name) for group in groups if group.resolution >= SMALLEST_MAP)
+    if not taps:
+        raise ValueError(f"no channel group makes maps of {SMALLEST_MAP} pixels or more: nothing to compare")
+    return taps
+
+
+def discriminator_taps(network: nn.Module) -> tuple[str, ...]:
+    """Names of the modules whose outputs are compared: every layer but the last, which makes the logits."""
+    convolutions = [name for name, module in network.named_modules() if isinstance(module, CONVOLUTIONS)]
+    return tuple(behind(network, name) for name in convolutions[:-1])
+
+
+@contextmanager
+def recorded(network: nn.Module, taps: Sequence[str]) -> Iterator[dict[str, Tensor]]:
+    """Within it, a forward pass leaves the outputs of the named modules in the dict."""
+    found: dict[str, Tensor] = {}
+
+    def note(name: str, _module: nn.Module, _inputs: object, output: Tensor) -> None:
+        found[name] = output
+
+    hooks = [network.get_submodule(name).register_forward_hook(partial(note, name)) for name in taps]
+    try:
+        yield found
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def some_places(maps: Tensor, moment: int) -> Tensor:
+    """Features at up to ``PLACES`` places of maps (N, C, H, W): (N, k, C), in the maps' own precision.
+
+    Args:
+        moment: equal moments draw equal places. All phases of a map must have their turn: a transposed
+            convolution makes its even and odd pixels with different weights.
+    """
+    size = maps.shape[-2] * maps.shape[-1]
+    flat = maps.permute(0, 2, 3, 1).flatten(1, 2)  # no copy of maps that are in channels_last already
+    if size <= PLACES:
+        return flat
+    random = torch.Generator().manual_seed(moment)
+    return flat.index_select(1, torch.randperm(size, generator=random)[:PLACES].to(maps.device))
+
+
+class Lesson(NamedTuple):
+    """What a teacher says of a batch.
+
+    Attributes:
+        outputs: (N, 3, H, W) float32.
+        features: tap → (N, k, C) at the places of ``moment``; empty where nobody asks for maps.
+        moment: for :func:`some_places`.
+    """
+
+    outputs: Tensor
+    features: Mapping[str, Tensor]
+    moment: int
+
+
+class Teacher:
+    """The dense generator, asked for outputs and feature maps in one pass.
+
+    With ``variants`` it remembers its answers to whole sets of images, 0.1 MB an image at 64 × 64 (its output
+    in float16, 25 kB, and 74 kB of features). Answers to endless augmentations are not remembered: 10 epochs
+    of 1,084 images would fill 1 GB, and no later epoch would ask for them again.
+
+    Args:
+        network: copied.
+        taps: modules whose maps are asked for; may be empty.
+        amp: run in bfloat16, which halves the time of a pass; the student does not see the difference.
+    """
+
+    def __init__(self, network: nn.Module, taps: Sequence[str], amp: bool) -> None:
+        self.network = copy.deepcopy(network).eval().requires_grad_(False)
+        self.taps, self.amp = tuple(taps), amp
+        if amp:
+            self.network.to(memory_format=torch.channels_last)
+        self.device = next(network.parameters()).device
+        self._known: dict[int, Lesson] = {}
+
+    @torch.no_grad()
+    def __call__(self, inputs: Tensor, moment: int) -> Lesson:
+        """A live answer to inputs (N, 3, H, W)."""
+        with (
+            recorded(self.network, self.taps) as maps,
+            torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp),
+        ):
+            outputs = self.network(inputs).float()
+        return Lesson(outputs, {name: some_places(maps[name], moment) for name in self.taps}, moment)
+
+    def remembered(self, variant: int, rows: Tensor) -> Lesson:
+        """The answer to some rows of a set that :meth:`study` has seen."""
+        known, rows = self._known[variant], rows.to(self.device)
+        features = {name: maps[rows] for name, maps in known.features.items()}
+        return Lesson(known.outputs[rows].float(), features, variant)
+
+    def study(self, variant: int, inputs: Tensor, batch_size: int = 16) -> None:
+        """Answer all inputs of a variant (N, 3, H, W), if that has not been done.
+
+        In a fixed order, so that a resumed training is taught the same.
+        """
+        if variant in self._known:
+            return
+        lessons = [self(chunk.to(self.device), variant) for chunk in inputs.split(batch_size)]
+        features = {name: torch.cat([lesson.features[name] for lesson in lessons]) for name in self.taps}
+        outputs = torch.cat([lesson.outputs.half() for lesson in lessons])
+        self._known[variant] = Lesson(outputs, features, variant)
+
+
+class FeatureDistance(nn.Module):
+    """Distance between the feature maps of a pruned and a dense generator at the same depths.
+
+    ``alignment``: 1 − :func:`gan.losses.kernel_alignment`, in [0, 1], without any weights. ``adapters``: a
+    1 × 1 convolution from the pruned to the dense width at each depth, then :func:`gan.losses.scaled_error`:
+    Li et al., "GAN Compression", CVPR 2020, after Romero et al., "FitNets", ICLR 2015.
+
+    Args:
+        kind: which of the two.
+        taps: from :func:`generator_taps`.
+        student, teacher: the networks, for their widths.
+        seed: of the adapters.
+    """
+
+    def __init__(
+        self,
+        kind: Literal["alignment", "adapters"],
+        taps: Sequence[str],
+        student: nn.Module,
+        teacher: nn.Module,
+        seed: int,
+    ) -> None:
+        super().__init__()
+        self.kind, self.taps = kind, tuple(taps)
+        self.adapters = nn.ModuleList()
+        if kind == "adapters":
+            random = torch.Generator().manual_seed(seed)
+            for name in self.taps:
+                narrow, wide = (_channels(network, name) for network in (student, teacher))
+                adapter = nn.Linear(narrow, wide)  # of a place: what a 1 × 1 convolution is
+                with torch.no_grad():
+                    adapter.weight.normal_(0.0, narrow**-0.5, generator=random)
+                    adapter.bias.zero_()
+                self.adapters.append(adapter)
+            self.to(next(student.parameters()).device)
+
+    def forward(self, maps: Mapping[str, Tensor], lesson: Lesson) -> Tensor:
+        """Mean over the taps, 0-d.
+
+        Args:
+            maps: tap → (N, c, H, W) of the pruned generator.
+            lesson: of the dense one, for the same images.
+        """
+        distances = []
+        for place, name in enumerate(self.taps):
+            student = some_places(maps[name], lesson.moment).flatten(0, 1).float()
+            teacher = lesson.features[name].flatten(0, 1).float()
+            if self.kind == "adapters":
+                distances.append(scaled_error(self.adapters[place](student), teacher))
+            else:
+                distances.append(1 - kernel_alignment(student, teacher))
+        return torch.stack(distances).mean()
+
+
+def _channels(network: nn.Module, tap: str) -> int:
+    module = network.get_submodule(tap)
+    count = module.num_features if isinstance(module, NORMS) else module.out_channels
+    assert isinstance(count, int)
+    return count
+
+
+class DiscriminatorMatching:
+    """Distance of made images to wanted ones in the layers of the frozen dense discriminator.
+
+    Wang et al., CVPR 2018; it has nothing to do with the network that figures are measured with.
+
+    Args:
+        network: the dense discriminator; copied.
+        amp: run it in bfloat16.
+    """
+
+    def __init__(self, network: nn.Module, amp: bool) -> None:
+        self.network = copy.deepcopy(network).eval().requires_grad_(False)
+        self.taps, self.amp = discriminator_taps(network), amp
+        if amp:
+            self.network.to(memory_format=torch.channels_last)
+
+    def __call__(self, inputs: Tensor, made: Tensor, wanted: Sequence[Tensor]) -> Tensor:
+        """Mean over the wanted images of the relative distance, 0-d; all images (N, 3, H, W)."""
+        maps = self._maps(inputs, made)
+        with torch.no_grad():
+            references = [self._maps(inputs, images) for images in wanted]
+        return torch.stack([relative_distance(maps, reference) for reference in references]).mean()
+
+    def _maps(self, inputs: Tensor, images: Tensor) -> list[Tensor]:
+        with (
+            recorded(self.network, self.taps) as maps,
+            torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.amp),
+        ):
+            self.network(paired_input(inputs, images))
+        return [maps[name].float() for name in self.taps]
+
+
+class PerceptualDistance:
+    """Distance of images in early features of EfficientNet-Lite0, after Johnson et al., ECCV 2016.
+
+    This is the network that KID, FID, density and coverage are measured with (at 112 pixels, after its last
+    layer): figures of networks that were trained with it are flattered, so compare them by L1 too.
+
+    Runs in float32: the depthwise convolutions of the extractor are slower in bfloat16. At 64 pixels and 16
+    images it takes 13 ms up to the first stage, 44 ms up to the second and 65 ms up to the third, beside
+    100 ms for a step of a slice at 25 % with native losses (one core with AVX-512 BF16).
+
+    Args:
+        stages: from :func:`gan.features.load_differentiable_stages`; images (N, 3, H, W) → maps.
+        device: where it runs.
+    """
+
+    def __init__(self, stages: nn.Module | None = None, device: str | torch.device = "cpu") -> None:
+        self.stages = (load_differentiable_stages() if stages is None else stages).to(device)
+
+    def __call__(self, made: Tensor, targets: Tensor) -> Tensor:
+        """Relative distance (0-d) of made images to targets, both (N, 3, H, W) in [−1, 1]."""
+        maps = self.stages(made)
+        with torch.no_grad():
+            wanted = self.stages(targets)
+        return relative_distance(maps, wanted)
