@@ -363,8 +363,8 @@ def calibration(
             for n in names
         ]
         figure.legend(handles=handles, loc="outside lower left", ncols=len(handles))
-        bars = "bar: lowest to highest seed"
-        figure.suptitle(f"{title} · {bars}" if title else bars, x=0.01, ha="left", fontsize=11)
+        bars = ["bar: lowest to highest seed"] if results.shape[1] > 1 else []
+        figure.suptitle(" · ".join([title, *bars] if title else bars), x=0.01, ha="left", fontsize=11)
     return figure
 
 
