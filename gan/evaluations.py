@@ -31,7 +31,9 @@ FAMILIES: dict[str, str] = {
     "recovery_gap": "recovery",
     "balance_gap": "balance",
 }
-"""Reward term → family. Every gap is ≥ 0 and 0 for the dense pair."""
+"""Reward term → family. Every gap but those in ``SIGNED`` is ≥ 0 and 0 for the dense pair."""
+SIGNED = frozenset({"recovery_gap"})
+"""Terms that may be below 0: finetuning may be predicted to end better than the dense pair."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,7 @@ class Scores:
     """What the scorer says of a plan.
 
     Attributes:
-        gaps: distance from the dense pair by term, ≥ 0, 0 = identical; keys of ``FAMILIES``.
+        gaps: distance from the dense pair by term, keys of ``FAMILIES``; 0 = identical, ≥ 0 but for ``SIGNED``.
         diagnostics: further finite numbers worth logging; never part of a reward.
     """
 
@@ -209,7 +211,7 @@ class CountedScorer:
         start = time.perf_counter()
         scores = self.scorer.score(plan)
         for term, gap in scores.gaps.items():
-            if not math.isfinite(gap) or gap < 0:
+            if not math.isfinite(gap) or (gap < 0 and term not in SIGNED):
                 raise ValueError(f"{term} of plan {key} is {gap}; a gap must be finite and at least 0")
         self.computed += 1
         self._cache[key] = scores

@@ -29,6 +29,7 @@ from experiments.formulas import (
     Options,
     Rehearsal,
     View,
+    beyond,
     luck,
     main,
     weighted_taus,
@@ -282,6 +283,22 @@ def test_luck_tells_a_find_from_the_best_of_many() -> None:
     assert find.p < 0.05
     assert find.confirmed.value > 0.3
     assert find.chosen["find"] > 0.9
+
+
+def test_what_is_beyond_is_told_from_chance() -> None:
+    """A part of the metric that the held gap lacks is found; a copy of the gap and noise are not."""
+    random = np.random.default_rng(1)
+    held, missing = random.normal(size=(2, 30))
+    metric = held + missing
+    noise = [Entry(f"noise {n}", "density", random.normal(size=30), 0.1) for n in range(20)]
+    copied = Entry("copy", "density", 3 * held, 0.1)
+    found = beyond([*noise, copied, Entry("missing", "density", missing, 0.1)], held, metric)
+    assert found.name == "missing"
+    assert found.tau > found.chance
+    assert found.p < 0.05
+    nothing = beyond([*noise, copied], held, metric)
+    assert nothing.name != "copy"
+    assert nothing.p > 0.05
 
 
 def test_an_entry_is_scored_like_a_reward_term() -> None:

@@ -160,6 +160,19 @@ def test_readme_plots_and_translations(work: Path) -> None:
         assert output.exists()
 
 
+def test_readme_finetunings(work: Path, tmp_path: Path) -> None:
+    """As they stand, but for ``--quick``; resuming has tests of its own."""
+    best = json.loads((work / RUN / "plan.json").read_text())["best"]
+    (work / "plan.json").write_text(json.dumps({"widths": best["widths"]}))
+    lines = [arguments for arguments in commands("finetune.py") if "--resume" not in arguments]
+    assert len(lines) >= 3
+    for number, arguments in enumerate(lines):
+        output = tmp_path / str(number)
+        done = call(work, "finetune.py", *arguments, "--quick", "--output", str(output))
+        assert done.returncode == 0, done.stderr
+        assert json.loads((output / "evaluation.json").read_text())["rows"].keys() >= {"dense", "after"}
+
+
 def test_readme_python(work: Path) -> None:
     done = [
         subprocess.run(

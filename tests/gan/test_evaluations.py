@@ -116,6 +116,16 @@ def test_a_wrong_gap_is_refused_and_not_logged(path, gap):
     assert log_at(path).scores == {}
 
 
+def test_predictions_may_be_better_than_the_dense_pair(path):
+    class Better(FakeScorer):
+        def score(self, plan):
+            scores = super().score(plan)
+            return Scores({**scores.gaps, "recovery_gap": -0.1}, scores.diagnostics)
+
+    CountedScorer(Better(), log_at(path)).score(plan(1))
+    assert log_at(path).scores[plan(1).key].gaps["recovery_gap"] == -0.1
+
+
 def test_the_file_is_json_lines(path):
     play(path, -5, 3, 3, 4)
 
