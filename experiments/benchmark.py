@@ -90,15 +90,15 @@ def main(options: Options) -> None:
     generator = scorer.slice("generator", uniform["generator"], shared=True)
     critic = scorer.slice("discriminator", uniform["discriminator"], shared=True)
     outputs = run_batched(generator, yardstick.inputs)
-    features = yardstick.extractor(outputs)
+    look = yardstick.extractor.look(outputs)
     on_real = yardstick.logits_on_real(critic)
     parts = {
         "slice generator, BatchNorm statistics": lambda: scorer.slice(
             "generator", uniform["generator"], True
         ),
         "run generator": lambda: run_batched(generator, yardstick.inputs),
-        "features": lambda: yardstick.extractor(outputs),
-        "gaps": lambda: yardstick.generator_gaps(outputs, features),
+        "features": lambda: yardstick.extractor.look(outputs),
+        "gaps": lambda: yardstick.generator_gaps(outputs, look),
         "slice discriminator, BatchNorm statistics": lambda: scorer.slice(
             "discriminator", uniform["discriminator"], True
         ),

@@ -95,9 +95,10 @@ class Judge:
         extractor_name = yardstick.extractor.name
         made = to_float(to_uint8(run_batched(generator, self.flipped_inputs)))
         outputs = made[: len(yardstick.inputs)]
-        features = yardstick.extractor(made)
+        look = yardstick.extractor.look(made)
+        features = look.features
         density, coverage = density_coverage(self.real_features, features, k=5)
-        gaps, _ = yardstick.generator_gaps(outputs, features[: len(outputs)])
+        gaps, _ = yardstick.generator_gaps(outputs, look.first(len(outputs)))
         image = yardstick.inputs[:1]
         macs, params = count(generator, [image])
         discriminator_macs, _ = count(discriminator, [torch.cat([image, image], 1)])

@@ -41,7 +41,7 @@ class Scores:
     """What the scorer says of a plan.
 
     Attributes:
-        gaps: distance from the dense pair by term, keys of ``FAMILIES``; 0 = identical, ≥ 0 but for ``SIGNED``.
+        gaps: distance from the dense pair by term (``FAMILIES``); 0 = identical, ≥ 0 but for ``SIGNED``.
         diagnostics: further finite numbers worth logging; never part of a reward.
     """
 

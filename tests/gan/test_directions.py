@@ -30,7 +30,7 @@ SEEN: dict[str, set[str]] = {
     "blur": ALL,
     "pull_together": ALL,
     "drop_modes": ALL,
-    "swap": PAIRED | {"arrangement_gap"},
+    "swap": PAIRED | DENSITY,
     "width": ALL,
     "discriminator": {"balance_gap"},
 }

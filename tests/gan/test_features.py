@@ -6,7 +6,18 @@ import torch
 from torch.nn import functional as F
 
 from gan.errors import UserError
-from gan.features import Extractor, _load, load_efficientnet_lite0, load_extractor, load_stages, prepare
+from gan.features import (
+    PATCH_BLOCK,
+    PATCHES,
+    DifferentiableStages,
+    Extractor,
+    _load,
+    _seen_in_torch,
+    load_efficientnet_lite0,
+    load_extractor,
+    load_stages,
+    prepare,
+)
 
 
 @pytest.fixture(scope="module")
@@ -96,9 +107,36 @@ def test_shrinking_is_antialiased():
 
 
 def test_a_large_set_is_taken_in_chunks():
-    means = Extractor("mean", 2, 3, "fake", lambda x: x.mean(dim=(2, 3)))
+    means = Extractor("mean", 2, 3, "fake", lambda x: (x.mean(dim=(2, 3)), x.flatten(2).transpose(1, 2)))
     images = torch.linspace(-1, 1, 600)[:, None, None, None].expand(600, 3, 2, 2)
-    torch.testing.assert_close(means(images), (images[..., 0, 0] * 127.5 + 0.5) / 128)
+    wanted = (images[..., 0, 0] * 127.5 + 0.5) / 128
+    look = means.look(images)
+    torch.testing.assert_close(look.features, wanted)
+    torch.testing.assert_close(look.patches, wanted.repeat_interleave(4, 0))
+    assert torch.equal(means(images), look.features)
+    few = look.first(3)
+    assert torch.equal(few.features, look.features[:3])
+    assert torch.equal(few.patches, look.patches[:12])
+
+
+def test_patches_are_places_of_an_inner_map(extractor, images):
+    network, _ = load_efficientnet_lite0(112)
+    inner = DifferentiableStages(network, 112, (PATCH_BLOCK,))(images[:3])[0]  # (3, c, 14, 14)
+    patches = extractor.look(images[:3]).patches.reshape(3, PATCHES, -1)
+    everywhere = inner.flatten(2).transpose(1, 2)
+    distances = torch.cdist(patches, everywhere)
+    assert distances.min(dim=2).values.max() < 1e-2 * float(everywhere.norm(dim=2).mean())
+    places = distances.argmin(dim=2)
+    assert (places == places[0]).all()  # the same ones in all images
+    assert len(set(places[0].tolist())) == PATCHES
+
+
+def test_torch_sees_the_same_patches(extractor, images):
+    network, _ = load_efficientnet_lite0(112)
+    features, patches = _seen_in_torch(network)(prepare(images[:2], 112))
+    look = extractor.look(images[:2])
+    torch.testing.assert_close(features, look.features, atol=1e-3, rtol=0)
+    torch.testing.assert_close(patches.flatten(0, 1), look.patches, atol=2e-3, rtol=0)
 
 
 @pytest.mark.parametrize("shape", [(3, 64, 64), (2, 1, 64, 64), (0, 3, 64, 64)])

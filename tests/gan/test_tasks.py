@@ -34,7 +34,8 @@ def test_the_shipped_tasks_load(name, groups):
         "generator": groups,
         "discriminator": 4,
     }
-    assert task.architectures == {"generator": TASKS[name].generator, "discriminator": TASKS[name].discriminator}
+    recipe = TASKS[name]
+    assert task.architectures == {"generator": recipe.generator, "discriminator": recipe.discriminator}
     for agent, network in task.networks.items():
         assert tuple(g.channels for g in task.groups[agent]) == task.architectures[agent].dense_widths
         assert not any(module.training for module in network.modules())
