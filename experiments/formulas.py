@@ -283,7 +283,7 @@ class Case:
         return self.keep(("neighbourhoods", space, k), make, "dense")
 
     def density(self, space: str, k: int) -> DensityGaps:
-        """The shipped formula."""
+        """By the formula of ``gan.density``."""
         near = self.neighbourhoods(space, k)
         return self.keep(("density", space, k), lambda: near.compare(self.made.features(space)))
 
@@ -332,6 +332,11 @@ def pooled(place: int, spread: bool = False) -> Space:
 def critic(layer: int) -> Space:
     """A layer of the dense discriminator, mean over the image."""
     return lambda view: view.critic()[layer].mean((2, 3))
+
+
+def shipped_patches(view: View) -> Tensor:
+    """The extractor's own patches, which the scorer's crowds are made of."""
+    return load_extractor(threads=1).look(view.images).patches
 
 
 def patches(maps: Callable[[View], Tensor]) -> Space:
@@ -389,6 +394,7 @@ SPACES: dict[str, Space] = {
     **{f"block {block} + std": pooled(place, spread=True) for place, block in enumerate(BLOCKS)},
     "head + std": pooled(-1, spread=True),
     **{f"critic {layer}": critic(layer - 1) for layer in (1, 2, 3, 4)},
+    "patches": shipped_patches,
     "patches 2": patches(lambda view: view.maps()[0]),
     "patches 4": patches(lambda view: view.maps()[1]),
     "patches 10": patches(lambda view: view.maps()[2]),
@@ -427,7 +433,7 @@ class Formula:
 
 
 def crowd(space: str = "head", k: int = 7) -> Callable[[Case], float]:
-    """The shipped crowd gap."""
+    """Crowd sizes by the formula of ``gan.density``; the scorer's are those of ``patches``."""
     return lambda case: case.density(space, k).crowd
 
 
@@ -816,11 +822,11 @@ class Stage:
         judge = self.bench.judge
         yardstick = judge.yardstick
         made = to_float(to_uint8(run_batched(generator, judge.flipped_inputs)))
-        features = yardstick.extractor(made)
+        look = yardstick.extractor.look(made)
         count = len(yardstick.inputs)
-        gaps, _ = yardstick.generator_gaps(made[:count], features[:count])
+        gaps, _ = yardstick.generator_gaps(made[:count], look.first(count))
         values = (
-            kid(judge.real_features, features),
+            kid(judge.real_features, look.features),
             image_l1(made[:count], yardstick.targets),
             *(gaps[term] for term in ("mmd_gap", "crowd_gap", "arrangement_gap")),
         )
