@@ -75,8 +75,6 @@ def make_env(
         budgets = default_budgets(agents, budget)
     else:
         budgets = parse_budgets(str(budget), agents)
-    if cost == "latency":
-        known = known.with_latency()
     surrogate = known.surrogate(cost, budget_ends(budgets)) if start == "elastic" else None
     scorer = known.scorer(cost=cost, start=start, surrogate=surrogate)
     counted = CountedScorer(scorer, log, evaluations)

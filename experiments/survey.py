@@ -47,7 +47,7 @@ from gan.evaluations import CountedScorer, EvaluationLog
 from gan.files import write_json, write_text
 from gan.plans import Plan
 from gan.scoring import FORMULAS
-from gan.surrogate import CAUTION, SEEN, Example, Scope, Surrogate
+from gan.surrogate import CAUTION, SEEN, Example, Scope, Searched, Surrogate
 from gan.tasks import AGENTS, Task, load_task
 
 DESCRIPTION = """Finetunes random plans over a range of budgets and fits the predicted recovery to them: the
@@ -74,7 +74,7 @@ class Options:
     budget: str = "generator=0.04:0.5,discriminator=0.1:1"
     """Ranges that every plan's budgets are drawn from: [agent=]LOW:HIGH,…; log-uniform."""
     cost: Literal["macs", "params"] = "macs"
-    """What these are a share of; the predictions hold for any cost."""
+    """What these are a share of."""
     plans: int = 48
     """Plans to draw."""
     seeds: int = 1
@@ -84,7 +84,7 @@ class Options:
     elastic: str = "elastic"
     """What plans are cut from: elastic (the task's own weights), dense, or a file of elastic weights."""
     found: tuple[Path, ...] = ()
-    """Runs whose best plans are finetuned too."""
+    """Runs whose best plans are finetuned too; the predictions may then lead searches at their budgets."""
     join: tuple[Path, ...] = ()
     """Folders of calibrate.py, discriminators.py or survey.py whose finetuned plans join; also when a survey
     is resumed."""
@@ -278,6 +278,13 @@ def plan_of_run(path: Path, task: Task) -> NamedPlan:
     return found_plan(path, task.name, prunable(known, cost), best.get("budgets", {}))
 
 
+def budget_of_run(path: Path) -> Searched:
+    """At which budget a run has searched."""
+    folder = open_run(path)
+    budgets = read_json(folder.plan)["best"]["budgets"]
+    return Searched(read_json(folder.options).get("cost", "macs"), {a: float(b) for a, b in budgets.items()})
+
+
 def joined(path: Path, settings: Settings, task: Task) -> list[TrialResult]:
     """What another study has finetuned beside pruned discriminators, under the same settings.
 
@@ -360,7 +367,9 @@ def fit(
         for one, row in zip(plans, gaps, strict=True)
     ]
     channels = {agent: [group.channels for group in task.groups[agent]] for agent in AGENTS}
-    return Surrogate(examples, read_json(folder.dense)[KID], channels, SEEN, scope)
+    searched = [budget_of_run(path) for path in options.found]
+    several = [one for place, one in enumerate(searched) if one not in searched[:place]]
+    return Surrogate(examples, read_json(folder.dense)[KID], channels, SEEN, scope, several)
 
 
 def judge(plans: Sequence[Finetuned], surrogate: Surrogate) -> tuple[dict[str, Judged], NDArray[np.float64]]:
@@ -418,13 +427,18 @@ def report(options: Options, folder: SurveyFolder, watch: Watch) -> None:
 
 def table(judged: Mapping[str, Judged], reach: Mapping[str, Mapping[str, Any]], surrogate: Surrogate) -> str:
     """The report as Markdown."""
+    led = "; ".join(
+        f"{one.cost} " + ", ".join(f"{agent} {share:g}" for agent, share in one.budgets.items())
+        for one in surrogate.searched
+    )
     spans = "; ".join(
         f"{kind}: " + ", ".join(f"{agent} {low:.1%} to {high:.1%}" for agent, (low, high) in spans.items())
         for kind, spans in reach.items()
     )
     lines = [
         f"{len(surrogate.examples)} finetuned plans; the dense pair has KID {surrogate.dense:.3f}. "
-        f"Covered: {spans}. A search adds {CAUTION:g} standard deviations to every prediction.",
+        f"They reach over {spans}. They may lead searches at: {led or 'no budget'}; a search adds "
+        f"{CAUTION:g} standard deviations to every prediction.",
         "",
         "| plans of | number | τ, left out singly | τ, left out together | error, log KID | in deviations |",
         "|---|---|---|---|---|---|",

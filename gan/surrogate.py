@@ -32,8 +32,8 @@ CAUTION = 0.5
 """Standard deviations that are added to a prediction: a search must not be drawn to what nobody has tried."""
 FEWEST = 8
 """Finetuned plans below which nothing is fitted."""
-SLACK = 0.05
-"""A budget may be so much below the cheapest example or above the dearest: plans do not quite fill theirs."""
+SLACK = 0.1
+"""A budget is one that has been searched if it is no more than this share of it away."""
 SEEN = ("arrangement_gap",)
 """Gaps that predictions are made from, beside the widths."""
 FLOOR = 1e-4
@@ -53,6 +53,34 @@ class Example:
     plan: Plan
     gaps: Mapping[str, float]
     metric: float
+
+
+@dataclass(frozen=True)
+class Searched:
+    """A budget at which searches were led by predictions, and what they found was finetuned.
+
+    Predictions for random plans are one thing. A search looks for where they err in its favour: at 6 % of the
+    MACs, where no found plan was among the examples, 2,000 evaluations led to one that was predicted to end
+    20 % better than uniform and ended 12 % worse.
+
+    Attributes:
+        cost: what the budgets are a share of.
+        budgets: agent → keep ratio.
+    """
+
+    cost: str
+    budgets: Mapping[str, float]
+
+    def holds(self, cost: str, budgets: Mapping[str, tuple[float, float]]) -> bool:
+        """True for about the same budgets (agent → smallest, largest) of the same cost."""
+        return (
+            cost == self.cost
+            and budgets.keys() == self.budgets.keys()
+            and all(
+                self.budgets[agent] * (1 - SLACK) <= low and high <= self.budgets[agent] * (1 + SLACK)
+                for agent, (low, high) in budgets.items()
+            )
+        )
 
 
 @dataclass(frozen=True)
@@ -91,6 +119,7 @@ class Surrogate:
         channels: agent → dense widths of its groups.
         terms: gaps that the process sees, in this order.
         scope: what the examples have in common.
+        searched: budgets at which the predictions may lead a search.
         theta: log hyperparameters of the kernel; without them they are fitted to the marginal likelihood.
 
     Raises:
@@ -104,6 +133,7 @@ class Surrogate:
         channels: Mapping[str, Sequence[int]],
         terms: Sequence[str],
         scope: Scope,
+        searched: Sequence[Searched] = (),
         theta: Sequence[float] | None = None,
     ) -> None:
         if len(examples) < FEWEST:
@@ -114,6 +144,7 @@ class Surrogate:
         if not all(math.isfinite(value) and value > 0 for value in values):
             raise UserError(f"a surrogate predicts the log of a metric, which must be above 0; got {values}")
         self.examples, self.dense, self.terms, self.scope = tuple(examples), dense, tuple(terms), scope
+        self.searched = tuple(searched)
         self.channels = {agent: tuple(widths) for agent, widths in channels.items()}
         self._inputs = np.array([self._features(example.plan, example.gaps) for example in examples])
         self._answers = np.array([math.log(example.metric / dense) for example in examples])
@@ -179,18 +210,9 @@ class Surrogate:
             shares[agent] = float(found.min()), float(found.max())
         return shares
 
-    def covers(
-        self,
-        costs: Mapping[str, CostModel],
-        kind: CostKind,
-        budgets: Mapping[str, tuple[float, float]],
-    ) -> bool:
-        """True where examples are both as cheap and as dear as the budgets (agent → smallest, largest)."""
-        reach = self.reach(costs, kind)
-        return all(
-            reach[agent][0] * (1 - SLACK) <= low and high <= reach[agent][1] * (1 + SLACK)
-            for agent, (low, high) in budgets.items()
-        )
+    def covers(self, cost: str, budgets: Mapping[str, tuple[float, float]]) -> bool:
+        """True where the predictions may lead a search: agent → smallest and largest keep ratio."""
+        return any(one.holds(cost, budgets) for one in self.searched)
 
     def leave_one_out(self) -> list[tuple[float, float]]:
         """What the process says of each example when it has not seen it."""
@@ -222,6 +244,7 @@ class Surrogate:
                 "metric": scope.metric,
                 "formulas": scope.formulas,
             },
+            "searched": [{"cost": one.cost, "budgets": dict(one.budgets)} for one in self.searched],
             "dense": self.dense,
             "channels": {agent: list(widths) for agent, widths in self.channels.items()},
             "terms": list(self.terms),
@@ -244,7 +267,8 @@ class Surrogate:
             for entry in data["examples"]
         ]
         scope = Scope(**data["scope"])
-        return cls(examples, data["dense"], data["channels"], data["terms"], scope, data["theta"])
+        searched = [Searched(one["cost"], dict(one["budgets"])) for one in data["searched"]]
+        return cls(examples, data["dense"], data["channels"], data["terms"], scope, searched, data["theta"])
 
     def save(self, path: Path) -> Path:
         """Write it as JSON: the examples themselves, no pickle."""

@@ -157,10 +157,10 @@ class Task:
         """The shipped predictions of finetuned results, where they hold; None elsewhere.
 
         They hold for plans that are cut from the shipped elastic weights, with the gaps that they were fitted
-        with, at budgets between those of the plans that were finetuned.
+        with, at budgets where what searches found is among the plans that were finetuned.
 
         Args:
-            cost: what the budgets are a share of; latency needs a task with tables.
+            cost: what the budgets are a share of.
             budgets: agent → smallest and largest keep ratio.
         """
         if self.surrogate_path is None or self.elastic_path is None:
@@ -168,8 +168,7 @@ class Task:
         found = load_surrogate(self.surrogate_path)
         if found.scope != Scope(file_hash(self.elastic_path), found.scope.metric, FORMULAS):
             return None
-        costs = {agent: self.cost_model(agent) for agent in budgets}
-        return found if found.covers(costs, cost, budgets) else None
+        return found if found.covers(cost, budgets) else None
 
     def scorer(
         self,

@@ -10,7 +10,7 @@ import pytest
 
 from gan.errors import UserError
 from gan.plans import Plan
-from gan.surrogate import CAUTION, Example, Scope, Surrogate, cautious, load_surrogate
+from gan.surrogate import CAUTION, Example, Scope, Searched, Surrogate, cautious, load_surrogate
 
 CHANNELS = {"generator": (32, 64, 32), "discriminator": (16, 16)}
 SCOPE = Scope("0123", "kid", "2")
@@ -91,18 +91,15 @@ def test_its_fingerprint_sees_the_examples(surrogate):
         CHANNELS,
         TERMS,
         SCOPE,
-        surrogate.theta,
+        theta=surrogate.theta,
     )
     assert other.fingerprint != surrogate.fingerprint
 
 
-def test_it_covers_budgets_between_its_examples(surrogate):
-    """The first widths of the examples are 4 to 32 of 32: a cost that counts them reaches from 1/8 to 1."""
-    reach = surrogate.reach({"generator": FirstWidth()}, "macs")["generator"]
+def test_the_reach_is_that_of_the_examples(surrogate):
+    """The first widths of the examples are 4 to 32 of 32, and nothing else costs anything here."""
     firsts = [example.plan["generator"][0] / 32 for example in surrogate.examples]
-    assert reach == (min(firsts), max(firsts))
-    for low, high, inside in ((0.2, 0.9, True), (0.01, 0.5, False), (reach[0], reach[1], True)):
-        assert surrogate.covers({"generator": FirstWidth()}, "macs", {"generator": (low, high)}) is inside
+    assert surrogate.reach({"generator": FirstWidth()}, "macs") == {"generator": (min(firsts), max(firsts))}
 
 
 class FirstWidth:
@@ -112,6 +109,26 @@ class FirstWidth:
 
     def of(self, kind, widths):
         return np.asarray(widths, dtype=np.float64)[..., 0]
+
+
+@pytest.mark.parametrize(
+    ("cost", "generator", "covered"),
+    [
+        ("params", (0.1, 0.1), True),
+        ("params", (0.095, 0.105), True),
+        ("params", (0.1, 0.2), False),
+        ("params", (0.05, 0.05), False),
+        ("macs", (0.1, 0.1), False),
+    ],
+)
+def test_only_budgets_that_were_searched_are_covered(surrogate, tmp_path, cost, generator, covered):
+    searched = [Searched("params", {"generator": 0.1, "discriminator": 0.5})]
+    led = Surrogate(surrogate.examples, 0.3, CHANNELS, TERMS, SCOPE, searched=searched, theta=surrogate.theta)
+    assert load_surrogate(led.save(tmp_path / "s.json")).searched == tuple(searched)
+    budgets = {"generator": generator, "discriminator": (0.5, 0.5)}
+    assert led.covers(cost, budgets) is covered
+    assert not led.covers(cost, {"generator": generator})
+    assert not surrogate.covers(cost, budgets)
 
 
 def test_too_few_examples_and_useless_metrics_are_refused():
