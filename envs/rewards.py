@@ -13,8 +13,8 @@ from gan.errors import UserError, unknown
 from gan.evaluations import FAMILIES
 
 SHARES: dict[str, float] = {
-    "crowd_gap": 0.5,
-    "arrangement_gap": 0.5,
+    "crowd_gap": 1.0,
+    "arrangement_gap": 0.0,
     "mmd_gap": 1.0,
     "real_gap": 0.0,
     "l1_gap": 0.0,
@@ -49,7 +49,7 @@ class Weights:
         UserError: if a weight is negative or not finite, or none is above 0.
     """
 
-    density: float = 0.1
+    density: float = 1.0
     fidelity: float = 1.0
     balance: float = 0.1
     recovery: float = 4.0

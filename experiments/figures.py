@@ -52,7 +52,7 @@ MOST_SERIES = len(COLOURS)
 FORMATS = (".png", ".pdf", ".svg")
 
 TERMS: dict[str, str] = {
-    "crowd_gap": "density: crowd size",
+    "crowd_gap": "density: crowds of patches",
     "arrangement_gap": "density: arrangement",
     "mmd_gap": "fidelity: MMD² to dense",
     "l1_gap": "fidelity: L1 to dense",

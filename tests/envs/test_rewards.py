@@ -23,10 +23,10 @@ def test_potential_by_hand() -> None:
     scores = {"mmd_gap": 2.0, "l1_gap": -1.0, "real_gap": 3.0, "crowd_gap": 4.0, "balance_gap": -5.0}
     scores["recovery_gap"] = 0.5
     weights = Weights(density=0.2, fidelity=1.0, balance=0.1, recovery=2.0)
-    rewards = {"mmd_gap": 2.0, "l1_gap": 0.0, "real_gap": 0.0, "crowd_gap": 0.4, "balance_gap": -0.5}
+    rewards = {"mmd_gap": 2.0, "l1_gap": 0.0, "real_gap": 0.0, "crowd_gap": 0.8, "balance_gap": -0.5}
     rewards["recovery_gap"] = 1.0
     assert term_rewards(scores, weights) == pytest.approx(rewards)
-    assert potential(scores, weights) == pytest.approx(2.9)
+    assert potential(scores, weights) == pytest.approx(3.3)
     assert potential({}, weights) == 0.0
 
 
