@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import nn
 
 from agents.base import Agent
 from agents.registry import build_agent
@@ -15,11 +16,14 @@ from envs.budget import Budget, default_budgets, fixed_ratios, parse_budgets, un
 from envs.pruning_env import PruningEnv, check_budgets
 from envs.records import Listener
 from envs.rewards import Weights
+from experiments.runs import RunFolder
+from gan.checkpoints import save_network
 from gan.cost import DEFAULT_COST
 from gan.elastic import ElasticNetwork, ElasticOptions, train_elastic
 from gan.errors import UserError
 from gan.evaluations import CountedScorer, EvaluationLog, PlanScorer, PrunableNetwork
 from gan.latency import read_latency, write_latency
+from gan.plans import Plan
 from gan.runtime import bfloat16_pays
 from gan.tasks import AGENTS, STATISTICS_IMAGES, Task
 from gan.training import FINETUNING, TrainingOptions
@@ -168,3 +172,37 @@ def build_learner(algo: str, seed: int, tensorboard: Path | None) -> Agent:
 def finetuning(epochs: int, seed: int, device: torch.device, seconds: float | None = None) -> TrainingOptions:
     """Options of the finetuning stage; the same for every row of the table."""
     return replace(FINETUNING, epochs=epochs, seed=seed, seconds=seconds, amp=bfloat16_pays(device))
+
+
+def save_pair(
+    folder: RunFolder,
+    stage: str,
+    row: str,
+    task: Task,
+    plan: Plan,
+    pair: tuple[nn.Module, nn.Module],
+    half: bool,
+) -> None:
+    """Write the generator and the discriminator of a plan with their recipes.
+
+    Args:
+        folder: of the run.
+        stage: part of the files' names, such as ``raw``; may be empty.
+        row: which row of the table they are.
+        task: its dense pair.
+        plan: its widths.
+        pair: its networks; the discriminator may be the dense one, trained on.
+        half: write kernels in half precision.
+    """
+    for agent, network in zip(AGENTS, pair, strict=True):
+        architecture = task.architectures[agent].pruned(_widths_of(network, task, agent, plan))
+        recipe = {"task": task.name, "image_size": task.image_size, "row": row, "plan": plan.to_dict()}
+        save_network(folder.weights(agent, stage), network, architecture, recipe, half=half)
+
+
+def _widths_of(network: nn.Module, task: Task, agent: str, plan: Plan) -> tuple[int, ...]:
+    """The plan's widths, or the dense ones where the dense discriminator took the pruned one's place."""
+    shapes = [[p.shape for p in one.parameters()] for one in (network, task.networks[agent])]
+    if shapes[0] == shapes[1]:
+        return tuple(group.channels for group in task.groups[agent])
+    return plan[agent]

@@ -509,7 +509,7 @@ def read_study(options: Options, folder: StudyFolder) -> Study:
     surrogate = (
         fit_surrogate(options, folder, networks, done, rows)
         if options.surrogate is None
-        else load_surrogate(options.surrogate)
+        else fitting_surrogate(options.surrogate, folder, networks)
     )
     columns: list[Column] = []
     for name in folder.scored:
@@ -525,6 +525,26 @@ def read_study(options: Options, folder: StudyFolder) -> Study:
         for metric, title in ((KID, "KID"), (L1, "L1"))
     ]
     return Study(tuple(done), table, raw, tuple(columns), tuple(notes), surrogate)
+
+
+def fitting_surrogate(path: Path, folder: StudyFolder, networks: Mapping[str, PrunableNetwork]) -> Surrogate:
+    """The given predictions.
+
+    Raises:
+        UserError: they are for other networks, elastic weights or formulas than the study's.
+    """
+    given, header = load_surrogate(path), log_header(folder.evaluations(OWN))
+    channels = {agent: tuple(network.channels.tolist()) for agent, network in networks.items()}
+    weights = given.scope.weights
+    if folder.dense.is_file():
+        weights = read_json(folder.dense)["weights"]
+    mine = (channels, weights, str(header.get("formulas", given.scope.formulas)))
+    if mine != (given.channels, given.scope.weights, given.scope.formulas):
+        raise UserError(
+            f"the predictions of {path} are for other networks, elastic weights or formulas than this study "
+            f"({folder.path}); use those of its task"
+        )
+    return given
 
 
 def fit_surrogate(

@@ -17,7 +17,7 @@ from torch import nn
 from tyro.conf import OmitArgPrefixes, Positional
 
 from experiments import cli
-from experiments.build import finetuning, image_counts, pick_device
+from experiments.build import finetuning, image_counts, pick_device, save_pair
 from experiments.figures import learning_curve, save_figure
 from experiments.report import evaluation_table
 from experiments.runs import (
@@ -33,7 +33,7 @@ from experiments.runs import (
 )
 from experiments.watch import Watch
 from gan.append_log import AppendLog
-from gan.checkpoints import load_network, save_network, state_hash
+from gan.checkpoints import load_network, state_hash
 from gan.data import PairedImages, to_float, to_uint8
 from gan.distillation import DensePair, Ingredients
 from gan.elastic import ElasticNetwork
@@ -207,7 +207,7 @@ def open_folder(options: Options) -> tuple[Options, FinetuneFolder]:
     describe_run(folder, options, device=str(task.device), threads=torch.get_num_threads())
     write_json(folder.plan, {"best": plan.to_dict()})
     # In full precision: a resumed finetuning begins with the same numbers, wherever the run has gone.
-    save_pair(folder, "raw", task, plan, pair, half=False)
+    save_pair(folder, "raw", "raw", task, plan, pair, half=False)
     return options, FinetuneFolder(folder)
 
 
@@ -221,7 +221,7 @@ def check(options: Options) -> None:
         raise UserError("--epochs and --minutes exclude each other; give one")
     for name, least in (("epochs", 1), ("validate_every", 1), ("patience", 0), ("distillation", 0)):
         value = getattr(options, name)
-        if value is not None and not value >= least:
+        if value is not None and not least <= value < math.inf:
             raise UserError(f"{flag(name)} is {value}; it must be {least} or more")
     for name in ("minutes", "learning_rate"):
         value = getattr(options, name)
@@ -253,7 +253,7 @@ def read_source(
     if options.task not in (None, known):
         raise UserError(f"the run {source} is of task {known!r}; leave out --task")
     task, reference = load_task(str(known), device), read_json(folder.elastic_reference)
-    start = options.start or reference.get("start", "elastic")
+    start = options.start or ("elastic" if options.elastic else reference.get("start", "elastic"))
     own = folder.elastic if folder.elastic.is_file() else None
     weights = cut_from(task, start, options.elastic or own)
     shipped = start == "elastic" and options.elastic is None and own is None
@@ -349,7 +349,7 @@ def run(options: Options, folder: FinetuneFolder, console: Console) -> None:
     before, after = (log.entries[epoch] for epoch in (0, trainer.epoch))
     kept = "before" if after[KID] > before[KID] else "after"
     result = raw if kept == "before" else tuned
-    save_pair(folder.run, "", task, plan, result, half=True)
+    save_pair(folder.run, "", "", task, plan, result, half=True)
     with watch.stage("evaluate"):
         test = Judge.build(*dense, images.test, extractor)
         pairs = {"dense": dense, "before": raw, "after": tuned}
@@ -463,23 +463,6 @@ def load_checkpoint(path: Path, trainer: PairedTrainer) -> None:
     except (RuntimeError, KeyError, ValueError, EOFError, pickle.UnpicklingError) as error:
         # torch's own message is a page long.
         raise UserError(f"{path} is damaged; delete it to train from the start again") from error
-
-
-def save_pair(folder: RunFolder, stage: str, task: Task, plan: Plan, pair: Pair, half: bool) -> None:
-    """Write both networks with their recipes."""
-    for agent, network in zip(AGENTS, pair, strict=True):
-        architecture = task.architectures[agent].pruned(widths_of(network, task, agent, plan))
-        recipe = {"task": task.name, "image_size": task.image_size, "row": stage, "plan": plan.to_dict()}
-        save_network(folder.weights(agent, stage), network, architecture, recipe, half=half)
-
-
-def widths_of(network: nn.Module, task: Task, agent: str, plan: Plan) -> tuple[int, ...]:
-    """The plan's widths, or the dense ones where the dense discriminator took the pruned one's place."""
-    dense = task.networks[agent]
-    shapes = [[p.shape for p in one.parameters()] for one in (network, dense)]
-    if shapes[0] == shapes[1]:
-        return tuple(group.channels for group in task.groups[agent])
-    return plan[agent]
 
 
 def load_pair(folder: RunFolder, task: Task) -> Pair:

@@ -1,7 +1,8 @@
 """What does finetuning make of plans of any size? The examples behind the predicted recovery.
 
 Random plans over a whole range of budgets are finetuned; plans that other studies have finetuned join them.
-``gan.surrogate`` is fitted to all, and judged by what it says of plans that it has not seen.
+``gan.surrogate`` is fitted to all, and judged by what it says of plans that it has not seen. The file
+``surrogate.json`` leads searches when it lies in ``gan/assets/TASK``; ``calibrate.py --surrogate`` judges it.
 """
 
 from __future__ import annotations
@@ -246,6 +247,11 @@ def open_survey(options: Options) -> tuple[Options, RunFolder]:
         joined(path, settings, task)
     random = np.random.default_rng(options.seed)
     plans = draw_over_range(prunable(task, options.cost), budgets, Sizes.of(options).plans, random, "l1")
+    if len({named.plan.key for named in plans}) < FEWEST_PLANS:
+        raise UserError(
+            f"the budgets {options.budget!r} hold only {len({p.plan.key for p in plans})} different plans; "
+            "give wider ranges"
+        )
     for path in options.found:
         named = plan_of_run(path, task)
         if named.plan.key not in {other.plan.key for other in plans}:
@@ -273,9 +279,12 @@ def plan_of_run(path: Path, task: Task) -> NamedPlan:
     if not folder.plan.is_file():
         raise UserError(f"the run {path} has no plan.json yet; finish it, or leave it out of --found")
     cost = read_json(folder.options).get("cost", "macs")
-    best = read_json(folder.plan).get("best") or {}
+    best = read_json(folder.plan).get("best")
+    budgets = best.get("budgets") if isinstance(best, dict) else None
+    if not isinstance(budgets, dict) or set(budgets) != set(AGENTS):
+        raise UserError(f"the best plan of {path} names no budgets; --found takes runs of train_agents.py")
     known = with_latency(task, folder.latency) if cost == "latency" else task
-    return found_plan(path, task.name, prunable(known, cost), best.get("budgets", {}))
+    return found_plan(path, task.name, prunable(known, cost), budgets)
 
 
 def budget_of_run(path: Path) -> Searched:
@@ -297,6 +306,8 @@ def joined(path: Path, settings: Settings, task: Task) -> list[TrialResult]:
             f"{path} holds no finetuned plans; --join takes folders of calibrate.py, discriminators.py "
             "or survey.py"
         )
+    if logs[0].read_bytes().count(b"\n") < 2:
+        raise UserError(f"{path} holds no finetuned plans yet; go on with it, or leave it out of --join")
     results = TrialLog(logs[0], settings.fingerprint(task)).results.values()
     return [result for result in results if result.trial.discriminator == "pruned"]
 

@@ -29,6 +29,7 @@ from experiments.build import (
     finetuning,
     image_counts,
     pick_device,
+    save_pair,
     warm_up,
     with_latency,
 )
@@ -47,7 +48,6 @@ from experiments.runs import (
     read_options,
 )
 from experiments.watch import SearchListener, Watch
-from gan.checkpoints import save_network
 from gan.data import PairedImages
 from gan.distillation import DensePair, Ingredients
 from gan.elastic import ElasticNetwork, ElasticOptions
@@ -78,7 +78,7 @@ class Options:
     """Options of ``train_agents.py``."""
 
     task: str = "edges2emoji"
-    """Embedded task."""
+    """Embedded task: edges2emoji (a U-Net), edges2emoji_resnet."""
     algo: str = "mappo"
     """Learner: mappo, ippo, cmaes, evolution, random, uniform, or what you add to agents/registry.py."""
     seed: int = 0
@@ -411,10 +411,7 @@ def save_pairs(folder: RunFolder, task: Task, pairs: Mapping[str, Pair], uniform
         ("pruned_raw", "raw", best),
         ("uniform", "uniform", uniform),
     ):
-        for agent, network in zip(AGENTS, pairs[name], strict=True):
-            architecture = task.architectures[agent].pruned(plan[agent])
-            recipe = {"task": task.name, "image_size": task.image_size, "row": name, "plan": plan.to_dict()}
-            save_network(folder.weights(agent, stage), network, architecture, recipe, half=True)
+        save_pair(folder, stage, name, task, plan, pairs[name], half=True)
 
 
 def draw(

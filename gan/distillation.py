@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
@@ -80,7 +81,7 @@ class Ingredients:
             value, allowed = getattr(self, field.name), get_args(hints[field.name])
             if allowed and value not in allowed:
                 raise unknown(field.name.replace("_", " "), value, allowed)
-            if not allowed and not value >= 0:  # NaN too
+            if not allowed and not 0 <= value < math.inf:  # NaN too
                 raise UserError(f"--{field.name.replace('_', '-')} is {value}; it must be 0 or more")
         if self.online and self.variants:
             raise UserError("an online teacher changes from step to step: leave out --online or --variants")

@@ -59,7 +59,7 @@ class Extractor:
         name: goes into the name of every figure made with it (``kid_efficientnet_lite0``).
         image_size: side in pixels of the square that images are resized to.
         dim: length of a feature vector.
-        fingerprint: hash of weights, size and preparation: equal fingerprints, equal features.
+        fingerprint: hash of weights, size and preparation: equal fingerprints, equal features of images.
         network: prepared images (n, 3, image_size, image_size) → (n, dim) features and (n, P, c) patches.
         device: where the network runs and the features are.
     """

@@ -289,7 +289,7 @@ def load_surrogate(path: Path) -> Surrogate:
         if data["format"] != FORMAT:
             raise ValueError(f"format {data['format']}, not {FORMAT}")
         return Surrogate.from_dict(data)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
         raise UserError(
             f"the surrogate {path} is damaged ({error}); make it again with experiments/survey.py"
         ) from error

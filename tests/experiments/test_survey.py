@@ -137,6 +137,7 @@ def test_studies_under_other_settings_are_refused(tiny: Task, tmp_path: Path) ->
     [
         ("--plans 4", "--plans is 4; it must be 8 or more"),
         ("--seeds 0", "--seeds is 0"),
+        ("--budget 1 --plans 16", "different plans; give wider ranges"),
         ("--seed -1", "--seed is -1"),
         ("--budget 0.000001", "cannot be reached"),
         ("--join nowhere", "nowhere holds no finetuned plans"),
