@@ -209,7 +209,7 @@ def test_the_dense_adversary_takes_the_place_of_the_pruned_one(
 
 @pytest.mark.parametrize("weight", [float("inf"), float("nan"), -1.0])
 def test_weights_are_finite(weight: float) -> None:
-    with pytest.raises(UserError, match="--feature-weight is .*; it must be 0 or more"):
+    with pytest.raises(UserError, match=r"--feature-weight is .*; it must be 0 or more"):
         Ingredients(feature_weight=weight).check()
 
 
