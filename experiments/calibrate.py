@@ -56,10 +56,11 @@ from experiments.runs import (
 from experiments.trials import Settings, Trial, TrialLog, TrialResult, dense_row, run_trials
 from experiments.watch import Watch
 from gan.errors import UserError
+from gan.evaluation import KID
 from gan.evaluations import CountedScorer, EvaluationLog, PrunableNetwork, Scores
-from gan.files import file_hash, write_json, write_text
+from gan.files import write_json, write_text
 from gan.plans import Plan
-from gan.surrogate import FEWEST, SEEN, Example, Scope, Surrogate, cautious, load_surrogate
+from gan.surrogate import FEWEST, Scope, Surrogate, cautious, load_surrogate
 from gan.tasks import AGENTS, Task, load_task
 
 DESCRIPTION = """Draws plans of equal cost, scores them, finetunes them with several seeds, and reports how
@@ -76,7 +77,7 @@ EXAMPLES = (
         "score the same plans with other elastic weights",
     ),
 )
-KID, L1 = "kid_efficientnet_lite0", "l1"
+L1 = "l1"
 FEWEST_PLANS, FEWEST_SEEDS = 4, 2
 OWN = "default"
 """Name of the weights that are also finetuned."""
@@ -352,10 +353,9 @@ def work(options: Options, folder: StudyFolder, watch: Watch) -> None:
         score(options, name, weights, task, plans, folder, watch)
     if not folder.dense.is_file():
         with watch.stage("dense pair"):
-            row = dense_row(task, settings_of(options, options.elastic))
-            file = task.elastic_path if options.elastic == "elastic" else Path(options.elastic)
-            cut_from = "dense" if options.elastic == "dense" or file is None else file_hash(file)
-            write_json(folder.dense, plain({"row": row, "weights": cut_from}))
+            own = settings_of(options, options.elastic)
+            content = {"row": dense_row(task, own), "weights": own.weights_hash(task)}
+            write_json(folder.dense, plain(content))
     trials = trials_of(plans, sizes.seeds)
     with watch.stage("finetune", len(trials)) as stage:
         done = 0
@@ -563,13 +563,16 @@ def fit_surrogate(
     if len(plans) < FEWEST or not folder.dense.is_file() or any(p.plan.key not in known for p in plans):
         return None
     dense = read_json(folder.dense)
-    examples = [
-        Example(named.plan, known[named.plan.key].gaps, statistics.fmean(one.row[KID] for one in row))
-        for named, row in zip(plans, results, strict=True)
-    ]
     scope = Scope(dense["weights"], KID, str(header.get("formulas", "")))
     channels = {agent: network.channels.tolist() for agent, network in networks.items()}
-    return Surrogate(examples, dense["row"][KID], channels, SEEN, scope)
+    return Surrogate.fitted(
+        [named.plan for named in plans],
+        [known[named.plan.key].gaps for named in plans],
+        [statistics.fmean(one.row[KID] for one in row) for row in results],
+        dense["row"][KID],
+        channels,
+        scope,
+    )
 
 
 class Predicting:

@@ -6,13 +6,14 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from envs.budget import Budget, kind_of, project, random_proportions, uniform_widths
 from envs.checks import check_plan
-from experiments.runs import open_run, read_json
+from experiments.runs import RunFolder, open_run, read_json
 from gan.errors import UserError
 from gan.evaluations import PrunableNetwork
 from gan.groups import ChannelGroup
@@ -170,6 +171,18 @@ def draw_over_range(
     return plans
 
 
+def best_of_run(path: Path) -> tuple[RunFolder, Mapping[str, Any], Any]:
+    """A run's folder, its options, and what it holds as its best plan.
+
+    Raises:
+        UserError: no run, or no plan yet.
+    """
+    folder = open_run(path)
+    if not folder.plan.is_file():
+        raise UserError(f"the run {path} has no plan.json yet; finish it, or leave it out of --found")
+    return folder, read_json(folder.options), read_json(folder.plan).get("best")
+
+
 def found_plan(
     path: Path, task: str, networks: Mapping[str, PrunableNetwork], budgets: Mapping[str, float]
 ) -> NamedPlan:
@@ -184,10 +197,7 @@ def found_plan(
     Raises:
         UserError: no run, no plan yet, or one of another task, cost or budget.
     """
-    folder = open_run(path)
-    if not folder.plan.is_file():
-        raise UserError(f"the run {path} has no plan.json yet; finish it, or leave it out of --found")
-    options, best = read_json(folder.options), read_json(folder.plan).get("best")
+    folder, options, best = best_of_run(path)
     if options.get("task") != task:
         raise UserError(f"the run {path} is of task {options.get('task')!r}; this study is of {task!r}")
     cost = next(iter(networks.values())).cost_kind

@@ -42,6 +42,7 @@ from experiments.runs import (
 from experiments.trials import Settings, Trial, TrialResult, run_trials
 from experiments.watch import Watch
 from gan.errors import UserError
+from gan.evaluation import KID
 from gan.evaluations import CountedScorer, EvaluationLog, PrunableNetwork
 from gan.files import write_json, write_text
 from gan.plans import Plan
@@ -55,7 +56,6 @@ EXAMPLES = (
     ("python experiments/discriminators.py --found runs/NAME", "beside the best plan of a run"),
     ("python experiments/discriminators.py --resume FOLDER", "go on after an interruption"),
 )
-KID = "kid_efficientnet_lite0"
 LEVEL = 0.95
 """Of the intervals."""
 DRAWN = 64

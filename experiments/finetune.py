@@ -303,7 +303,7 @@ class Images:
     def of(cls, task: Task, quick: bool) -> Images:
         counts = image_counts(quick)
         wanted = ((task.train, counts.train), (task.val, counts.judged), (task.test, counts.judged))
-        return cls(*(pairs if count is None else pairs.take(count) for pairs, count in wanted))
+        return cls(*(pairs.take(count) for pairs, count in wanted))
 
 
 def training_options(options: Options, device: torch.device) -> TrainingOptions:

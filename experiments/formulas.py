@@ -207,7 +207,7 @@ class Bench:
         self.scorer: Scorer = self.task.scorer(
             options.cost, weights=weights, probe=sizes.images.probe, statistics_images=sizes.images.statistics
         )
-        val = self.task.val if sizes.images.probe is None else self.task.val.take(sizes.images.probe)
+        val = self.task.val.take(sizes.images.probe)
         train = self.task.train.take(len(val))
         drawn = teaching_images(self.task.train, ElasticOptions(), torch.Generator().manual_seed(0))
         batches = list(islice(drawn, math.ceil(len(val) / ElasticOptions.batch_size)))

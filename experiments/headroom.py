@@ -49,6 +49,7 @@ from experiments.watch import Watch
 from gan.cost import CostKind
 from gan.elastic import ElasticNetwork
 from gan.errors import UserError, unknown
+from gan.evaluation import KID
 from gan.files import write_json, write_text
 from gan.plans import Plan
 from gan.tasks import TASKS, Task, load_elastic, load_task
@@ -65,7 +66,6 @@ EXAMPLES = (
     ("python experiments/headroom.py --cell edges2emoji:macs:0.1 --output FOLDER --quick", "a look around"),
     ("python experiments/headroom.py --resume FOLDER", "go on after an interruption"),
 )
-KID = "kid_efficientnet_lite0"
 LEVEL = 0.95
 """Of the intervals."""
 SHOWN = (KID, "l1", "prdc_coverage", "macs", "params", "latency_ms")

@@ -29,7 +29,7 @@ from experiments.build import (
     prunable,
     with_latency,
 )
-from experiments.candidates import NamedPlan, draw_over_range, found_plan
+from experiments.candidates import NamedPlan, best_of_run, draw_over_range, found_plan
 from experiments.figures import Cloud, calibration, save_figure
 from experiments.runs import (
     RunFolder,
@@ -44,11 +44,12 @@ from experiments.runs import (
 from experiments.trials import Settings, Trial, TrialLog, TrialResult, dense_row, run_trials
 from experiments.watch import Watch
 from gan.errors import UserError
+from gan.evaluation import KID
 from gan.evaluations import CountedScorer, EvaluationLog
 from gan.files import write_json, write_text
 from gan.plans import Plan
 from gan.scoring import FORMULAS
-from gan.surrogate import CAUTION, SEEN, Example, Scope, Searched, Surrogate
+from gan.surrogate import CAUTION, FEWEST, Scope, Searched, Surrogate
 from gan.tasks import AGENTS, Task, load_task
 
 DESCRIPTION = """Finetunes random plans over a range of budgets and fits the predicted recovery to them: the
@@ -59,9 +60,7 @@ EXAMPLES = (
     ("python experiments/survey.py --quick", "the same road in a minute"),
     ("python experiments/survey.py --resume FOLDER", "go on after an interruption"),
 )
-KID = "kid_efficientnet_lite0"
 OWN, FOUND = "survey", "found"
-FEWEST_PLANS = 8
 FREE_ON_RESUME = ("resume", "workers", "join")
 """Options that may differ from those of the interrupted survey: no finetuning depends on them."""
 
@@ -113,7 +112,7 @@ class Sizes:
     @classmethod
     def of(cls, options: Options) -> Sizes:
         if options.quick:
-            return cls(min(options.plans, FEWEST_PLANS), 1)
+            return cls(min(options.plans, FEWEST), 1)
         return cls(options.plans, options.epochs)
 
 
@@ -131,6 +130,11 @@ class SurveyFolder:
     def plans(self) -> Path:
         """What is finetuned here."""
         return self.path / "plans.json"
+
+    @property
+    def searched(self) -> Path:
+        """Budgets of the runs whose best plans are among them."""
+        return self.path / "searched.json"
 
     @property
     def finetuned(self) -> Path:
@@ -233,7 +237,7 @@ def open_survey(options: Options) -> tuple[Options, RunFolder]:
         for path in known.join:
             joined(path, settings, load_task(settings.task, settings.device))
         return known, made
-    for name, least in (("plans", FEWEST_PLANS), ("seeds", 1), ("epochs", 1), ("workers", 1)):
+    for name, least in (("plans", FEWEST), ("seeds", 1), ("epochs", 1), ("workers", 1)):
         if getattr(options, name) < least:
             raise UserError(f"--{name} is {getattr(options, name)}; it must be {least} or more")
     if options.seed < 0:
@@ -247,18 +251,22 @@ def open_survey(options: Options) -> tuple[Options, RunFolder]:
         joined(path, settings, task)
     random = np.random.default_rng(options.seed)
     plans = draw_over_range(prunable(task, options.cost), budgets, Sizes.of(options).plans, random, "l1")
-    if len({named.plan.key for named in plans}) < FEWEST_PLANS:
+    if len({named.plan.key for named in plans}) < FEWEST:
         raise UserError(
             f"the budgets {options.budget!r} hold only {len({p.plan.key for p in plans})} different plans; "
             "give wider ranges"
         )
+    searched: list[Searched] = []
     for path in options.found:
-        named = plan_of_run(path, task)
+        named, budget = plan_of_run(path, task)
+        if budget not in searched:
+            searched.append(budget)
         if named.plan.key not in {other.plan.key for other in plans}:
             plans.append(NamedPlan(f"{FOUND}:{path}", FOUND, named.plan))
     made = create_run(options.task, OWN, options.seed, options.output)
     folder = SurveyFolder(made.path)
     write_json(folder.plans, [{"label": p.label, "kind": p.kind, **p.plan.to_dict()} for p in plans])
+    write_json(folder.searched, plain(searched))
     describe_run(made, options, device=str(task.device), threads=torch.get_num_threads())
     return options, made
 
@@ -269,29 +277,20 @@ def settings_of(options: Options) -> Settings:
     return Settings.of(options.task, options.elastic, epochs, images, options.device)
 
 
-def plan_of_run(path: Path, task: Task) -> NamedPlan:
-    """The best plan of a finished run, whatever its budget.
+def plan_of_run(path: Path, task: Task) -> tuple[NamedPlan, Searched]:
+    """The best plan of a finished run, whatever its budget, and at which budget it was searched.
 
     Raises:
         UserError: no run, no plan yet, or one that does not fit the task.
     """
-    folder = open_run(path)
-    if not folder.plan.is_file():
-        raise UserError(f"the run {path} has no plan.json yet; finish it, or leave it out of --found")
-    cost = read_json(folder.options).get("cost", "macs")
-    best = read_json(folder.plan).get("best")
+    folder, options, best = best_of_run(path)
+    cost = options.get("cost", "macs")
     budgets = best.get("budgets") if isinstance(best, dict) else None
     if not isinstance(budgets, dict) or set(budgets) != set(AGENTS):
         raise UserError(f"the best plan of {path} names no budgets; --found takes runs of train_agents.py")
     known = with_latency(task, folder.latency) if cost == "latency" else task
-    return found_plan(path, task.name, prunable(known, cost), budgets)
-
-
-def budget_of_run(path: Path) -> Searched:
-    """At which budget a run has searched."""
-    folder = open_run(path)
-    budgets = read_json(folder.plan)["best"]["budgets"]
-    return Searched(read_json(folder.options).get("cost", "macs"), {a: float(b) for a, b in budgets.items()})
+    named = found_plan(path, task.name, prunable(known, cost), budgets)
+    return named, Searched(cost, {agent: float(share) for agent, share in budgets.items()})
 
 
 def joined(path: Path, settings: Settings, task: Task) -> list[TrialResult]:
@@ -372,15 +371,17 @@ def fit(
     """The surrogate of all plans."""
     settings = settings_of(options)
     task = load_task(settings.task, settings.device)
-    scope = Scope(settings.fingerprint(task)["weights"], KID, FORMULAS)
-    examples = [
-        Example(one.plan, {term: row[term] for term in SEEN}, statistics.fmean(one.kid))
-        for one, row in zip(plans, gaps, strict=True)
-    ]
+    scope = Scope(settings.weights_hash(task), KID, FORMULAS)
     channels = {agent: [group.channels for group in task.groups[agent]] for agent in AGENTS}
-    searched = [budget_of_run(path) for path in options.found]
-    several = [one for place, one in enumerate(searched) if one not in searched[:place]]
-    return Surrogate(examples, read_json(folder.dense)[KID], channels, SEEN, scope, several)
+    return Surrogate.fitted(
+        [one.plan for one in plans],
+        gaps,
+        [statistics.fmean(one.kid) for one in plans],
+        read_json(folder.dense)[KID],
+        channels,
+        scope,
+        [Searched(**one) for one in read_json(folder.searched)],
+    )
 
 
 def judge(plans: Sequence[Finetuned], surrogate: Surrogate) -> tuple[dict[str, Judged], NDArray[np.float64]]:
@@ -397,7 +398,7 @@ def judge(plans: Sequence[Finetuned], surrogate: Surrogate) -> tuple[dict[str, J
         rows = np.array([source in ("all", other) for other in sources])
         error = left_out[rows, 0] - known[rows]
         apart = Interval(math.nan, math.nan, math.nan)
-        if 0 < rows.sum() < len(plans) - FEWEST_PLANS:
+        if 0 < rows.sum() < len(plans) - FEWEST:
             said = surrogate.leave_out(rows)
             apart = kendall_interval([mean for mean, _ in said], known[rows])
         found[source] = Judged(

@@ -194,8 +194,7 @@ def run(options: Options, folder: RunFolder, console: Console) -> None:
         task = load_task(options.task, pick_device(options.device))
         if options.cost == "latency":
             task = with_latency(task, folder.latency)
-        train = task.train if sizes.images.train is None else task.train.take(sizes.images.train)
-        test = task.test if sizes.images.judged is None else task.test.take(sizes.images.judged)
+        train, test = task.train.take(sizes.images.train), task.test.take(sizes.images.judged)
     weights = prepare_weights(options, task, folder, watch)
     best, uniform = search(options, sizes, task, weights, folder, watch)
     console.print(f"best plan: {describe(best)}", highlight=False, soft_wrap=True)

@@ -155,9 +155,17 @@ class Settings:
             return task.elastic_weights(self.weights)  # type: ignore[arg-type]
         return load_elastic(Path(self.weights), task)
 
+    def judged(self, task: Task) -> PairedImages:
+        """The images that the results are measured on."""
+        return (task.val if self.split == "val" else task.test).take(self.judge_images)
+
+    def weights_hash(self, task: Task) -> str:
+        """Identity of what plans are cut from: ``dense``, or a hash of the file of elastic weights."""
+        path = task.elastic_path if self.weights == "elastic" else Path(self.weights)
+        return "dense" if self.weights == "dense" or path is None else file_hash(path)
+
     def fingerprint(self, task: Task) -> dict[str, Any]:
         """What the results depend on: the header of their log."""
-        path = task.elastic_path if self.weights == "elastic" else Path(self.weights)
         options = asdict(finetuning(self.epochs, 0, task.device, self.seconds))
         extractor = load_extractor(device=task.device)
         # Named only where there are any: logs of finetunings without them stay readable.
@@ -165,7 +173,7 @@ class Settings:
         return {
             **added,
             "task": self.task,
-            "weights": "dense" if self.weights == "dense" or path is None else file_hash(path),
+            "weights": self.weights_hash(task),
             "dense_pair": {agent: state_hash(task.networks[agent]) for agent in AGENTS},
             "finetuning": {name: value for name, value in options.items() if name != "seed"},
             "split": self.split,
@@ -177,7 +185,7 @@ class Settings:
 
 def dense_row(task: Task, settings: Settings) -> dict[str, float]:
     """Figures (``gan.evaluation.COLUMNS``) of the dense pair on the images that trials are measured on."""
-    images = _take(task.val if settings.split == "val" else task.test, settings.judge_images)
+    images = settings.judged(task)
     pair = task.networks["generator"], task.networks["discriminator"]
     return Judge.build(*pair, images, load_extractor(device=task.device)).row(*pair)
 
@@ -193,8 +201,8 @@ class Workbench:
 
     def __init__(self, task: Task, weights: Mapping[str, ElasticNetwork], settings: Settings) -> None:
         self.task, self.weights, self.settings = task, weights, settings
-        self.train = _take(task.train, settings.train_images)
-        images = _take(task.val if settings.split == "val" else task.test, settings.judge_images)
+        self.train = task.train.take(settings.train_images)
+        images = settings.judged(task)
         generator, discriminator = (task.networks[agent] for agent in AGENTS)
         self.judge = Judge.build(generator, discriminator, images, load_extractor(device=task.device))
         self.dense = DensePair(generator, discriminator, task.groups["generator"])
@@ -255,10 +263,6 @@ class Workbench:
             self._lessons = None  # freed first: two sets of answers need not fit side by side
             self._lessons = seed, Lessons(self.task.networks["generator"])
         return self._lessons[1]
-
-
-def _take(pairs: PairedImages, count: int | None) -> PairedImages:
-    return pairs if count is None else pairs.take(count)
 
 
 class TrialLog:

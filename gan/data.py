@@ -51,9 +51,9 @@ class PairedImages:
         """All inputs and targets, float32 in [−1, 1]."""
         return to_float(self.inputs), to_float(self.targets)
 
-    def take(self, count: int) -> PairedImages:
-        """``count`` pairs spread evenly over the set (all, when there are fewer)."""
-        if count >= len(self):
+    def take(self, count: int | None) -> PairedImages:
+        """``count`` pairs spread evenly over the set (all, when there are fewer, or for None)."""
+        if count is None or count >= len(self):
             return self
         rows = torch.linspace(0, len(self) - 1, count).round().long()
         return PairedImages(

@@ -16,6 +16,8 @@ from gan.features import Extractor
 from gan.fidelity import density_coverage, frechet_distance, image_l1, kid, psnr
 from gan.scoring import Yardstick, run_batched
 
+KID = "kid_efficientnet_lite0"
+"""The primary metric."""
 COLUMNS = (
     "macs",
     "params",
@@ -23,7 +25,7 @@ COLUMNS = (
     "discriminator_macs",
     "l1",
     "psnr",
-    "kid_efficientnet_lite0",
+    KID,
     "fid_efficientnet_lite0",
     "prdc_density",
     "prdc_coverage",

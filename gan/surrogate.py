@@ -153,6 +153,24 @@ class Surrogate:
         self._process = self._fit(np.ones(len(examples), dtype=bool), theta)
         self.theta = tuple(float(value) for value in self._process.kernel_.theta)
 
+    @classmethod
+    def fitted(
+        cls,
+        plans: Sequence[Plan],
+        gaps: Sequence[Mapping[str, float]],
+        metrics: Sequence[float],
+        dense: float,
+        channels: Mapping[str, Sequence[int]],
+        scope: Scope,
+        searched: Sequence[Searched] = (),
+    ) -> Surrogate:
+        """Fitted to finetuned plans: their gaps before and their metrics after, and what predictions see."""
+        examples = [
+            Example(plan, {term: row[term] for term in SEEN}, metric)
+            for plan, row, metric in zip(plans, gaps, metrics, strict=True)
+        ]
+        return cls(examples, dense, channels, SEEN, scope, searched)
+
     def _features(self, plan: Plan, gaps: Mapping[str, float]) -> NDArray[np.float64]:
         """(groups + terms,) log keep ratios of all networks and log gaps."""
         ratios = [

@@ -194,7 +194,7 @@ class Task:
             raise unknown("cost", cost, get_args(CostKind))
         costs = self.with_latency() if cost == "latency" and self.latency is None else self
         weights = self.elastic_weights(start) if weights is None else weights
-        pairs = self.val if probe is None else self.val.take(probe)
+        pairs = self.val.take(probe)
         extractor = load_extractor(device=self.device)
         yardstick = Yardstick(self.networks["generator"], self.networks["discriminator"], pairs, extractor)
         shown = self.statistics_inputs(statistics_images)

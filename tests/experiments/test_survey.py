@@ -13,11 +13,11 @@ import gan.tasks
 from envs.budget import Budget
 from experiments import cli, survey, trials
 from experiments.build import prunable
-from experiments.candidates import draw_over_range
+from experiments.candidates import NamedPlan, draw_over_range
 from experiments.survey import KID, Options, SurveyFolder, collect
 from experiments.trials import Settings, Trial, TrialLog, TrialResult
 from gan.plans import Plan
-from gan.surrogate import load_surrogate
+from gan.surrogate import Searched, load_surrogate
 from gan.tasks import Task
 from tests.gan.conftest import Pair, _pair, fake_extractor, pair, task
 
@@ -120,6 +120,21 @@ def test_equal_plans_are_taken_together_and_dense_discriminators_left_out(tiny: 
     (found,) = [row for row in rows if row.plan == twin]
     assert found.source == "survey"
     assert found.kid == pytest.approx((kid_of(twin), kid_of(twin), kid_of(twin) * 1.001))
+
+
+def test_predictions_may_lead_searches_where_runs_have_searched(
+    tiny: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two runs at one budget found one plan: it is finetuned once, and the budget is named once."""
+    budget = Searched("params", {"generator": 0.5, "discriminator": 0.6})
+    plan = survey.draw_over_range(
+        prunable(tiny, "macs"), survey.build_budgets(OPTIONS.budget), 1, np.random.default_rng(9), "l1"
+    )[0].plan
+    monkeypatch.setattr(survey, "plan_of_run", lambda path, _: (NamedPlan(path.name, "found", plan), budget))
+    survey.main(replace(OPTIONS, found=(Path("a"), Path("b")), output=tmp_path / "survey"))
+    folder = SurveyFolder(tmp_path / "survey")
+    assert load_surrogate(folder.surrogate).searched == (budget,)
+    assert json.loads(folder.report.read_text())["sources"]["found"]["plans"] == 1
 
 
 def test_studies_under_other_settings_are_refused(tiny: Task, tmp_path: Path) -> None:
