@@ -17,6 +17,9 @@ from gan.plans import Plan
 DESCRIPTION = "agent.json"
 """The file in an agent's folder that says what the folder holds."""
 
+FORMER_NAMES = {"cmaes": "cma-es"}
+"""What agents were called once → what they are called; folders and commands of then still work."""
+
 FORMAT = 1
 """Raised when what an agent writes changes."""
 
@@ -116,7 +119,7 @@ def read_description(folder: Path, name: str) -> dict[str, Any]:
         ) from error
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise UserError(f"{path} is no agent of format {FORMAT}; train the agent again with this version")
-    if content.get("agent") != name:
+    if FORMER_NAMES.get(str(content.get("agent")), content.get("agent")) != name:
         raise UserError(
             f"{folder} holds a {content.get('agent')!r} agent, not {name!r}; build that one to load it"
         )
@@ -162,4 +165,11 @@ def rehearse(env: PruningEnv) -> PruningEnv:
     have to be scored; yet the search has not asked for them.
     """
     scorer = CountedScorer(FreeScorer(env.scorer))
-    return PruningEnv(scorer, env.budgets, weights=env.weights, reward=env.reward)
+    return PruningEnv(
+        scorer,
+        env.budgets,
+        weights=env.weights,
+        reward=env.reward,
+        feedback=env.feedback,
+        held=env.held,
+    )

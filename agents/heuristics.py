@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from agents.base import check_limited, read_description, read_options, resolve_budgets, write_description
 from agents.tensorboard import EpisodeLog
-from envs.budget import random_proportions
+from envs.budget import allowed_cost, random_proportions
 from envs.pruning_env import PruningEnv
-from gan.errors import UserError
+from gan.errors import UserError, unknown
+from gan.evaluations import PrunableNetwork
 from gan.plans import Plan
 
 
@@ -46,6 +47,88 @@ class Uniform:
 
     def load(self, folder: Path) -> None:
         read_description(folder, self.name)
+
+
+@dataclass(frozen=True)
+class MagnitudeOptions:
+    """Options of :class:`Magnitude`.
+
+    Attributes:
+        scale: what importance is measured in, before channels of different groups are compared: ``group``
+            divides by the group's mean; ``none`` compares kernel weights as they are, which are the smaller
+            the wider the layer.
+    """
+
+    scale: Literal["group", "none"] = "group"
+
+    def __post_init__(self) -> None:
+        if self.scale not in ("group", "none"):
+            raise unknown("scale", str(self.scale), ("group", "none"))
+
+
+class Magnitude:
+    """One threshold on the importance of all channels of a network: what most pruning tools do globally.
+
+    Every group keeps the channels whose importance (mean absolute kernel weight: Li et al., "Pruning Filters
+    for Efficient ConvNets", ICLR 2017) is above the threshold; the smallest threshold whose plan meets the
+    budget is taken, and the projection fills what rounding leaves. There is nothing to learn: one evaluation.
+
+    Args:
+        seed: of the budgets that are drawn; nothing else is random.
+        tensorboard: the same; one plan makes no curve.
+        options: fields of :class:`MagnitudeOptions`.
+    """
+
+    def __init__(self, seed: int = 0, *, tensorboard: Path | None = None, **options: Any) -> None:
+        self.name = "magnitude"
+        self.seed = seed
+        self.options = read_options(MagnitudeOptions, self.name, options)
+
+    def learn(self, env: PruningEnv) -> None:
+        """Score the rule's plan, so that a run has it in its log; there is nothing to learn."""
+        env.reset(seed=self.seed)
+        env.evaluate(self.propose(env))
+
+    def propose(self, env: PruningEnv, budgets: Mapping[str, float] | None = None) -> Plan:
+        budgets = resolve_budgets(env, budgets)
+        proportions = {
+            agent: threshold_proportions(network, budgets[agent], self.options.scale == "group")
+            for agent, network in env.scorer.networks.items()
+        }
+        return env.plan_from_proportions(proportions, budgets)
+
+    def save(self, folder: Path) -> None:
+        write_description(folder, self.name, {"options": asdict(self.options)})
+
+    def load(self, folder: Path) -> None:
+        content = read_description(folder, self.name)
+        try:
+            self.options = read_options(MagnitudeOptions, self.name, content["options"])
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{folder} holds no readable options ({error}); make the agent again") from error
+
+
+def threshold_proportions(network: PrunableNetwork, budget: float, by_group: bool) -> NDArray[np.float64]:
+    """(n,) shares of the channels above the smallest threshold that meets a budget, one channel at least.
+
+    Args:
+        network: its groups' importance, in descending order.
+        budget: keep ratio of its cost.
+        by_group: measure importance in means of its group.
+
+    Raises:
+        UserError: if a group has no importance.
+    """
+    rows = network.importance
+    if len(rows) != len(network.groups):
+        raise UserError(f"the {network.kind} carries no importance of its channels; take another learner")
+    rows = tuple(row / row.mean() for row in rows) if by_group else rows
+    thresholds = np.unique(np.concatenate(rows))  # ascending: each one keeps at most what the one before does
+    kept = np.stack([np.searchsorted(-row, -thresholds, side="right") for row in rows], axis=1)
+    costs = network.cost_of(np.maximum(kept, network.minimum))
+    fits = np.flatnonzero(costs <= allowed_cost(network, budget))
+    first = fits[0] if len(fits) else -1
+    return np.maximum(kept[first], 1) / network.channels
 
 
 @dataclass(frozen=True)

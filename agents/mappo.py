@@ -3,17 +3,13 @@
 from __future__ import annotations
 
 import math
-import random
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-import numpy as np
 import torch
 from stable_baselines3 import PPO
-from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import Tensor, nn
@@ -26,27 +22,28 @@ from agents.base import (
     resolve_budgets,
     write_description,
 )
+from agents.learning import (
+    ENDLESS,
+    LOCAL_NAMES,
+    WEIGHTS,
+    Progress,
+    batch_size,
+    check_observations,
+    describe_observations,
+    private_randomness,
+)
 from agents.tensorboard import EpisodeLog
 from agents.vec_env import TeamVecEnv, action_space, policy_space, stack
 from envs.observations import LOCAL_FIELDS, STATE_FIELDS, build_space
 from envs.pruning_env import PruningEnv
 from gan.checkpoints import load_tensors, save_tensors
 from gan.errors import UserError, unknown
-from gan.evaluations import CountedScorer
 from gan.plans import Plan
 
 Critic = Literal["shared", "own"]
 
-WEIGHTS = "policy.safetensors"
-"""The policy's tensors, in an agent's folder."""
-
-LOCAL_NAMES = [field.name for field in LOCAL_FIELDS]
-STATE_NAMES = [field.name for field in STATE_FIELDS]
 KIND = LOCAL_NAMES.index("is_discriminator")
 POSITION = LOCAL_NAMES.index("position")
-
-ENDLESS = 2**40
-"""Steps that SB3 may take: the evaluations end a search, not the steps."""
 
 
 @dataclass(frozen=True)
@@ -202,38 +199,6 @@ class TeamPolicy(ActorCriticPolicy):
         self.mlp_extractor = Trunks(local, state, **self._trunks)  # type: ignore[assignment, arg-type]
 
 
-class Progress(BaseCallback):
-    """Ends the search with its evaluations, and logs every finished episode once.
-
-    Args:
-        scorer: counts the evaluations.
-        log: takes the episodes.
-    """
-
-    def __init__(self, scorer: CountedScorer, log: EpisodeLog) -> None:
-        super().__init__()
-        self.scorer = scorer
-        self.log = log
-
-    def _on_step(self) -> bool:
-        info = self.locals["infos"][0]  # the team's numbers stand in every slot; one is enough
-        if "episode" in info:
-            self.log.record(self.scorer.evaluations, info["potential"], info["scores"])
-        return not self.scorer.exhausted
-
-
-@contextmanager
-def private_randomness() -> Iterator[None]:
-    """SB3 seeds Python, NumPy and torch globally: give everyone else their state back afterwards."""
-    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - SB3 uses the global one
-    try:
-        with torch.random.fork_rng(devices=[]):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)  # noqa: NPY002
-
-
 class Mappo:
     """Multi-agent PPO (Yu et al. 2022, arXiv:2103.01955): cooperative actors and one centralised critic.
 
@@ -287,16 +252,14 @@ class Mappo:
         content = {
             "seed": self.seed,
             "options": asdict(self.options),
-            "local": LOCAL_NAMES,
-            "state": STATE_NAMES,
+            **describe_observations(),
         }
         write_description(folder, self.name, content)
         save_tensors(folder / WEIGHTS, policy.state_dict())
 
     def load(self, folder: Path) -> None:
         content = read_description(folder, self.name)
-        for part, names in (("local", LOCAL_NAMES), ("state", STATE_NAMES)):
-            check_names(folder, part, content.get(part), names)
+        check_observations(folder, content)
         try:
             options = read_options(MappoOptions, self.name, content["options"])
         except (KeyError, TypeError) as error:
@@ -354,26 +317,3 @@ class Mappo:
             "waves": options.waves,
             "log_std_init": math.log(options.std),
         }
-
-
-def batch_size(rows: int, minibatches: int) -> int:
-    """Rows per minibatch: a divisor of all rows, at least 2, as near to the wish as there is."""
-    divisors = [size for size in range(2, rows + 1) if rows % size == 0]
-    return min(divisors, key=lambda size: abs(size - rows / minibatches))
-
-
-def check_names(folder: Path, part: str, found: Any, expected: list[str]) -> None:
-    """Refuse a policy that was trained on other observations.
-
-    Raises:
-        UserError: with the names that differ.
-    """
-    if found == expected:
-        return
-    names = set(map(str, found)) if isinstance(found, list) else set()
-    differ = sorted(names ^ set(expected))
-    detail = f"they differ in {', '.join(differ)}" if differ else "they stand in another order"
-    raise UserError(
-        f"the policy in {folder} was trained on other {part} observations than this version gives: {detail}; "
-        "train it again"
-    )

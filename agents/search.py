@@ -64,16 +64,20 @@ class EvolutionOptions:
         sigma: first step of a mutation, in standard deviations of the log proportions.
         parents: plans that survive a generation (mu).
         children: new plans in a generation (lambda).
+        crossover: share of the children that have two parents, in [0, 1].
         discriminator: search the discriminators too; else they stay uniform.
     """
 
     sigma: float = 0.3
     parents: int = 4
     children: int = 8
+    crossover: float = 0.5
     discriminator: bool = True
 
     def __post_init__(self) -> None:
         check_sigma(self.sigma)
+        if not 0 <= self.crossover <= 1:
+            raise UserError(f"crossover is {self.crossover}; it is a share of the children, from 0 to 1")
         for name in ("parents", "children"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} is {getattr(self, name)}; it must be 1 or more")
@@ -151,8 +155,13 @@ class DirectSearch:
         name: in the registry.
         seed: of the points and of the budgets that are drawn.
         tensorboard: folder for event files; None writes none.
+
+    Attributes:
+        restarts: whether a generation of known plans starts the optimiser anew.
+        discriminator: search the discriminators too; else they stay uniform.
     """
 
+    restarts = True
     discriminator: bool
 
     def __init__(self, name: str, seed: int, tensorboard: Path | None) -> None:
@@ -195,7 +204,7 @@ class DirectSearch:
             if len(values) < len(points):
                 break
             optimiser.tell(points, np.array(values))
-            if optimiser.finished or env.scorer.evaluations == spent:
+            if self.restarts and (optimiser.finished or env.scorer.evaluations == spent):
                 restart += 1
                 optimiser = self.start(origin, rng, restart)
             env.reset()  # draws the next budgets, where they are ranges
@@ -267,7 +276,7 @@ class CmaEs(DirectSearch):
     """
 
     def __init__(self, seed: int = 0, *, tensorboard: Path | None = None, **options: Any) -> None:
-        super().__init__("cmaes", seed, tensorboard)
+        super().__init__("cma-es", seed, tensorboard)
         self.options = read_options(CmaEsOptions, self.name, options)
         self.discriminator = self.options.discriminator
 
@@ -333,7 +342,8 @@ class Evolution(DirectSearch):
         self.discriminator = self.options.discriminator
 
     def start(self, point: Points, rng: np.random.Generator, restart: int) -> Optimiser:
-        return PlusStrategy(point, self.options.sigma, self.options.parents, self.options.children, rng)
+        options = self.options
+        return PlusStrategy(point, options.sigma, options.parents, options.children, rng, options.crossover)
 
 
 class PlusStrategy:
@@ -345,15 +355,22 @@ class PlusStrategy:
         parents: survivors of a generation, ≥ 1.
         children: points in a generation, ≥ 1.
         rng: all of its randomness.
+        crossover: share of the children with two parents, in [0, 1].
     """
 
     finished = False
     """Its steps shrink without an end; a generation of known plans ends it."""
 
     def __init__(
-        self, point: Points, sigma: float, parents: int, children: int, rng: np.random.Generator
+        self,
+        point: Points,
+        sigma: float,
+        parents: int,
+        children: int,
+        rng: np.random.Generator,
+        crossover: float = 0.0,
     ) -> None:
-        self._mu, self._children, self._rng = parents, children, rng
+        self._mu, self._children, self._rng, self._crossover = parents, children, rng, crossover
         self._points = point[None]
         # the origin has no value of its own: it is a parent until children with values replace it
         self._values = np.full(1, -math.inf)
@@ -367,7 +384,17 @@ class PlusStrategy:
         noise = self._rng.standard_normal(self._children) / math.sqrt(2 * size)
         self._asked = self._sigmas[parents] * np.exp(noise)
         steps = self._rng.standard_normal((self._children, size))
-        return self._points[parents] + self._asked[:, None] * steps
+        return self._cross(parents) + self._asked[:, None] * steps
+
+    def _cross(self, parents: NDArray[np.int64]) -> Points:
+        """(k, n) where the children's mutations begin: at a parent, or at a mixture of two."""
+        starts = self._points[parents]
+        if not self._crossover:
+            return starts
+        others = self._points[self._rng.integers(len(self._points), size=len(parents))]
+        crossed = self._rng.random(len(parents)) < self._crossover
+        taken = self._rng.random(starts.shape) < 0.5
+        return np.where(crossed[:, None] & taken, others, starts)
 
     def tell(self, points: Points, values: Points) -> None:
         everyone = np.concatenate([self._points, points])

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import gymnasium
 import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 from pettingzoo import ParallelEnv
 from stable_baselines3.common.vec_env import VecEnv
+
+from envs.observations import LOCAL_FIELDS, STATE_FIELDS, build_space
 
 Observations = dict[str, NDArray[np.float32]]
 
@@ -125,3 +128,34 @@ def policy_space(local: spaces.Space, state: spaces.Space) -> spaces.Dict:
 def action_space() -> spaces.Box:
     """What an agent of the pruning environment does: one number in [-1, 1]."""
     return spaces.Box(-1.0, 1.0, (1,), np.float32)
+
+
+class NormalBox(spaces.Box):
+    """``Box(-1, 1, (size,))`` whose samples are N(0, std²), clipped: around uniform pruning.
+
+    Args:
+        size: numbers in an action.
+        std: standard deviation of the samples.
+    """
+
+    def __init__(self, size: int, std: float) -> None:
+        super().__init__(-1.0, 1.0, (size,), np.float32)
+        self.std = std
+
+    def sample(self, mask: None = None, probability: None = None) -> NDArray[np.float32]:
+        """A random action."""
+        draw = self.np_random.normal(0.0, self.std, self.shape)
+        return np.clip(draw, self.low, self.high).astype(np.float32)
+
+
+class Outline(gymnasium.Env[NDArray[np.float32], NDArray[np.float32]]):
+    """An environment that is only its spaces: what a policy is built on when there is nothing to run."""
+
+    def __init__(self, observation: spaces.Space, action: spaces.Space) -> None:
+        self.observation_space, self.action_space = observation, action
+
+
+def joint_outline(agents: int) -> Outline:
+    """The spaces of a :class:`envs.joint_env.JointPruningEnv` of so many networks."""
+    observation = build_space(*[LOCAL_FIELDS] * agents, STATE_FIELDS)
+    return Outline(observation, spaces.Box(-1.0, 1.0, (agents,), np.float32))

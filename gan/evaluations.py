@@ -152,11 +152,12 @@ class CountedScorer:
     """A scorer with a cache, a log and a count.
 
     An *evaluation* is the first time that this run requests a plan, whether its score is computed
-    or read from the log. Reference plans (``counted=False``) are free. A search ends after
-    ``limit`` evaluations, or 4 × ``limit`` requests: a policy that repeats itself must end too.
+    or read from the log. Reference plans (``counted=False``) are free. A search that computes something
+    else than scores says so by :meth:`spend`. A search ends after ``limit`` evaluations, or 4 × ``limit``
+    requests: a policy that repeats itself must end too.
 
     Attributes:
-        evaluations: distinct plans that this run has requested.
+        evaluations: distinct plans that this run has requested, and what it spent otherwise.
         requests: all requests of this run.
         computed: requests that were really computed.
         replay_left: position in the log at which the run left it, or None while it follows.
@@ -187,6 +188,10 @@ class CountedScorer:
     def exhausted(self) -> bool:
         """True once the search has spent its evaluations or its requests."""
         return self.limit is not None and (self.evaluations >= self.limit or self.requests >= 4 * self.limit)
+
+    def spend(self, evaluations: int) -> None:
+        """Count work that is no plan's score, such as gradient steps, as so many evaluations."""
+        self.evaluations += evaluations
 
     def score(self, plan: Plan, *, counted: bool = True) -> Scores:
         """Score a plan, from the cache when it is known.
@@ -221,6 +226,6 @@ class CountedScorer:
 
     def _follow_replay(self, key: str) -> None:
         """Note where the run leaves the log."""
-        place = self.evaluations
+        place = len(self._seen)
         if self.replay_left is None and place < len(self._replay) and self._replay[place] != key:
             self.replay_left = place

@@ -29,6 +29,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "stable_baselines3": ("agents/",),
     "matplotlib": ("experiments/figures.py",),
     "cma": ("agents/search.py",),
+    "optuna": ("agents/tpe.py",),
     "sklearn": ("gan/surrogate.py",),
     "pandas": ("experiments/",),
     "tyro": ("experiments/",),

@@ -9,7 +9,8 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from agents.mappo import KIND, LOCAL_NAMES, STATE_NAMES, Mappo, batch_size
+from agents.learning import LOCAL_NAMES, STATE_NAMES, batch_size
+from agents.mappo import KIND, Mappo
 from agents.registry import build_agent
 from agents.vec_env import TeamVecEnv
 from envs.toy import toy_env

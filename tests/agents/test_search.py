@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from agents.registry import build_agent
-from agents.search import CmaStrategy, Coordinates
+from agents.search import CmaStrategy, Coordinates, PlusStrategy
+from agents.tpe import ParzenEstimator, TpeOptions
 from envs.budget import Budget
 from envs.pruning_env import PruningEnv
 from envs.toy import ToyScorer, toy_env, toy_network, toy_optimum
@@ -16,7 +17,7 @@ from gan.errors import UserError
 from gan.evaluations import CountedScorer, EvaluationLog
 from tests.agents.conftest import Recorded, Recorder
 
-SEARCHES = ("cmaes", "evolution")
+SEARCHES = ("cma-es", "evolution", "tpe")
 
 
 def best_of(name: str, seed: int, evaluations: int, **options: Any) -> float:
@@ -37,7 +38,7 @@ def test_it_beats_random_search_at_equal_evaluations(name: str) -> None:
 
 def test_cmaes_comes_near_the_optimum() -> None:
     optimum = toy_optimum(toy_env()).potential
-    assert best_of("cmaes", 0, 250) > 0.95 * optimum
+    assert best_of("cma-es", 0, 250) > 0.95 * optimum
 
 
 def small_env(evaluations: int, *channels: int) -> tuple[PruningEnv, Recorder]:
@@ -121,10 +122,10 @@ def test_the_discriminator_may_stay_uniform(name: str, recorded: Recorded) -> No
     assert len({e.plan["generator"] for e in recorder.plans}) == 30
 
 
-@pytest.mark.parametrize("name", SEARCHES)
+@pytest.mark.parametrize("name", ["cma-es", "evolution"])
 def test_a_generation_has_one_budget(name: str, recorded: Recorded) -> None:
     env, recorder = recorded(32, budgets={"generator": "0.05:0.5"})
-    size = {"population": 8} if name == "cmaes" else {"children": 8}
+    size = {"population": 8} if name == "cma-es" else {"children": 8}
     build_agent(name, **size).learn(env)
     budgets = [evaluation.budgets["generator"] for evaluation in recorder.plans]
     generations = [set(budgets[first : first + 8]) for first in range(0, 32, 8)]
@@ -178,18 +179,55 @@ def test_a_plan_of_other_networks_is_refused(name: str, recorded: Recorded, tmp_
 @pytest.mark.parametrize(
     ("name", "options", "sentence"),
     [
-        ("cmaes", {"sigma": 0.0}, "sigma is 0"),
-        ("cmaes", {"sigma": float("nan")}, "sigma is nan"),
-        ("cmaes", {"population": 3}, "population is 3"),
-        ("cmaes", {"growth": 0.5}, "growth is 0.5"),
+        ("cma-es", {"sigma": 0.0}, "sigma is 0"),
+        ("cma-es", {"sigma": float("nan")}, "sigma is nan"),
+        ("cma-es", {"population": 3}, "population is 3"),
+        ("cma-es", {"growth": 0.5}, "growth is 0.5"),
         ("evolution", {"sigma": -1.0}, "sigma is -1"),
         ("evolution", {"parents": 0}, "parents is 0"),
         ("evolution", {"children": 0}, "children is 0"),
+        ("evolution", {"crossover": 1.5}, "crossover is 1.5"),
+        ("tpe", {"sigma": 0.0}, "sigma is 0"),
+        ("tpe", {"reach": 0.0}, "reach is 0"),
+        ("tpe", {"first": 0}, "first is 0"),
+        ("tpe", {"candidates": 0}, "candidates is 0"),
     ],
 )
 def test_impossible_options_are_refused(name: str, options: dict[str, float], sentence: str) -> None:
     with pytest.raises(UserError, match=sentence):
         build_agent(name, **options)
+
+
+def test_crossed_children_take_every_coordinate_from_one_of_two_parents() -> None:
+    strategy = PlusStrategy(np.zeros(40), 1e-9, 2, 6, np.random.default_rng(0), crossover=1.0)
+    strategy.ask()
+    parents = np.array([np.full(40, 1.0), np.full(40, 2.0), *np.zeros((4, 40))])
+    strategy.tell(parents, np.array([2.0, 1.0, 0.0, 0.0, 0.0, 0.0]))
+    children = strategy.ask()
+    assert set(np.unique(children.round(6))) == {1.0, 2.0}
+    assert any(0 < np.mean(child < 1.5) < 1 for child in children)
+
+
+def test_without_crossover_children_have_one_parent() -> None:
+    strategy = PlusStrategy(np.zeros(40), 1e-9, 2, 6, np.random.default_rng(0), crossover=0.0)
+    strategy.ask()
+    parents = np.array([np.full(40, 1.0), np.full(40, 2.0), *np.zeros((4, 40))])
+    strategy.tell(parents, np.array([2.0, 1.0, 0.0, 0.0, 0.0, 0.0]))
+    assert all(len(np.unique(child.round(6))) == 1 for child in strategy.ask())
+
+
+def test_tpe_says_nothing_and_stays_in_reach(
+    capfd: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    options = TpeOptions(reach=0.5, sigma=1.0, first=3)
+    estimator = ParzenEstimator(np.full(4, 2.0), 0.0, options, np.random.default_rng(0))
+    for _ in range(12):
+        points = estimator.ask()
+        assert np.abs(points - 2.0).max() <= 0.5 + 1e-9
+        estimator.tell(points, -((points - 2.3) ** 2).sum(1))
+    assert capfd.readouterr() == ("", "")
+    assert not list(tmp_path.iterdir())
 
 
 def test_coordinates_and_back() -> None:

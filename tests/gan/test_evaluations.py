@@ -100,6 +100,20 @@ def test_a_search_that_repeats_itself_ends_too():
     assert (counted.evaluations, counted.requests) == (1, 12)
 
 
+def test_work_that_is_no_score_is_counted_and_the_log_is_followed_all_the_same(path):
+    first = CountedScorer(FakeScorer(), log_at(path), limit=5)
+    for width in (3, 4):
+        first.score(plan(width))
+    second = CountedScorer(FakeScorer(), log_at(path), limit=5)
+    second.score(plan(3))
+    second.spend(3)
+    assert second.evaluations == 4
+    assert not second.exhausted
+    second.score(plan(4))
+    assert second.exhausted
+    assert (second.requests, second.replay_left) == (2, None)
+
+
 def test_without_a_limit_nothing_is_exhausted():
     counted = CountedScorer(FakeScorer())
     for width in range(1, 9):

@@ -1,0 +1,93 @@
+"""What learners on stable-baselines3 share: an end, randomness of their own, and whom a policy fits."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from stable_baselines3.common.callbacks import BaseCallback
+
+from agents.tensorboard import EpisodeLog
+from envs.observations import LOCAL_FIELDS, STATE_FIELDS
+from gan.errors import UserError
+from gan.evaluations import CountedScorer
+
+WEIGHTS = "policy.safetensors"
+"""The policy's tensors, in an agent's folder."""
+
+LOCAL_NAMES = [field.name for field in LOCAL_FIELDS]
+STATE_NAMES = [field.name for field in STATE_FIELDS]
+
+ENDLESS = 2**40
+"""Steps that SB3 may take: the evaluations end a search, not the steps."""
+
+
+class Progress(BaseCallback):
+    """Ends the search with its evaluations, and logs every finished episode once.
+
+    Args:
+        scorer: counts the evaluations.
+        log: takes the episodes.
+    """
+
+    def __init__(self, scorer: CountedScorer, log: EpisodeLog) -> None:
+        super().__init__()
+        self.scorer = scorer
+        self.log = log
+
+    def _on_step(self) -> bool:
+        info = self.locals["infos"][0]  # the team's numbers stand in every slot; one is enough
+        if "episode" in info:
+            self.log.record(self.scorer.evaluations, info["potential"], info["scores"])
+        return not self.scorer.exhausted
+
+
+@contextmanager
+def private_randomness() -> Iterator[None]:
+    """SB3 seeds Python, NumPy and torch globally: give everyone else their state back afterwards."""
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002 - SB3 uses the global one
+    try:
+        with torch.random.fork_rng(devices=[]):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)  # noqa: NPY002
+
+
+def describe_observations() -> dict[str, list[str]]:
+    """What a policy's description says of the observations that it was trained on."""
+    return {"local": LOCAL_NAMES, "state": STATE_NAMES}
+
+
+def check_observations(folder: Path, content: Mapping[str, Any]) -> None:
+    """Refuse a policy that was trained on other observations.
+
+    Args:
+        folder: where it lies.
+        content: its description.
+
+    Raises:
+        UserError: with the names that differ.
+    """
+    for part, expected in describe_observations().items():
+        found = content.get(part)
+        if found == expected:
+            continue
+        names = set(map(str, found)) if isinstance(found, list) else set()
+        differ = sorted(names ^ set(expected))
+        detail = f"they differ in {', '.join(differ)}" if differ else "they stand in another order"
+        raise UserError(
+            f"the policy in {folder} was trained on other {part} observations than this version gives: "
+            f"{detail}; train it again"
+        )
+
+
+def batch_size(rows: int, minibatches: int) -> int:
+    """Rows per minibatch: a divisor of all rows, at least 2, as near to the wish as there is."""
+    divisors = [size for size in range(2, rows + 1) if rows % size == 0]
+    return min(divisors, key=lambda size: abs(size - rows / minibatches))
