@@ -7,7 +7,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal
 
 import gymnasium
@@ -45,6 +45,8 @@ def make_env(
     start: Literal["elastic", "dense"] = "elastic",
     reward: Reward = "step",
     weights: Weights | None = None,
+    feedback: bool = True,
+    held: Collection[str] = (),
     evaluations: int | None = None,
     log: EvaluationLog | None = None,
     listener: Listener | None = None,
@@ -52,7 +54,7 @@ def make_env(
     """A ready environment for a named task.
 
     Args:
-        task: name of a task.
+        task: name of a task; ``noto_and_twemoji`` prunes both directions of a translator, with four agents.
         budget: keep ratio of the cost: ``"0.1"`` or 0.1 (the generators'), ``"0.05:0.5"`` (drawn per
             episode), ``"generator=0.1,discriminator=0.5"`` or a mapping. Default: 0.10 of generators, 0.50 of
             discriminators.
@@ -60,6 +62,8 @@ def make_env(
         start: weights that plans are scored with: ``elastic``, or raw slices of the ``dense`` ones.
         reward: ``step`` pays the change of the potential at each step, ``final`` all of it at the last.
         weights: weights of the reward families.
+        feedback: False hides from every agent what its peer and the last joint step did.
+        held: agents whose networks stay uniform, such as ``("discriminator",)``.
         evaluations: evaluations after which ``env.scorer.exhausted`` is true; None = never.
         log: keeps the scores, and gives back those that it has.
         listener: is told of every plan and episode.
@@ -67,9 +71,7 @@ def make_env(
     Raises:
         UserError: if an option has a value that is unknown, malformed or out of reach.
     """
-    from gan.tasks import load_task  # loads networks and images: only who wants a real task pays for it
-
-    known = load_task(task)
+    known = _load(task)
     agents = tuple(known.networks)
     if budget is None or isinstance(budget, Mapping):
         budgets = default_budgets(agents, budget)
@@ -78,7 +80,28 @@ def make_env(
     surrogate = known.surrogate(cost, budget_ends(budgets)) if start == "elastic" else None
     scorer = known.scorer(cost=cost, start=start, surrogate=surrogate)
     counted = CountedScorer(scorer, log, evaluations)
-    return PruningEnv(counted, budgets, weights=weights, reward=reward, listener=listener)
+    return PruningEnv(
+        counted,
+        budgets,
+        weights=weights,
+        reward=reward,
+        feedback=feedback,
+        held=held,
+        listener=listener,
+    )
+
+
+def _load(task: str) -> Any:
+    """A named task, of one pair or of both directions of a translator."""
+    from gan.cyclegan import TWO_WAY_TASKS  # torch is slow to load: only who wants a real task pays for it
+
+    if task in TWO_WAY_TASKS:
+        from gan.two_way import load_two_way
+
+        return load_two_way(task)
+    from gan.tasks import load_task
+
+    return load_task(task)
 
 
 def make_joint_env(**options: Any) -> JointPruningEnv:

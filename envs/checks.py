@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
@@ -36,6 +36,15 @@ def check_budgets(networks: Mapping[str, PrunableNetwork], budgets: Mapping[str,
                 f"the agent {agent!r} has no budget; budgets are given for {', '.join(budgets) or 'none'}"
             )
         check_reachable(network, budgets[agent].low, agent)
+
+
+def check_held(held: Collection[str], networks: Mapping[str, PrunableNetwork]) -> None:
+    """Refuse to hold agents that there are not, or all that there are."""
+    for agent in held:
+        if agent not in networks:
+            raise unknown("agent to hold", agent, networks)
+    if set(held) == set(networks):
+        raise UserError(f"all agents are held ({', '.join(held)}), so nothing can be pruned; leave one free")
 
 
 def check_plan(plan: Plan, networks: Mapping[str, PrunableNetwork], budgets: Mapping[str, float]) -> None:

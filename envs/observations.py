@@ -77,7 +77,7 @@ LOCAL_FIELDS: tuple[Field, ...] = (
     Field("last_action", -1, 1, "own last action; 0 before the first"),
     Field("last_change", -1, 1, "log3(new / old width) of own last decision"),
     # the peer's feedback: the adversary, and what the last joint step did
-    Field("has_peer", 0, 1, "1 if the adversary is an agent too; else the peer's fields are 0"),
+    Field("has_peer", 0, 1, "1 if the adversary is an agent whom one hears of; else its fields are 0"),
     Field("peer_budget", 0, 1, "the peer's budget"),
     Field("peer_mean_keep_ratio", 0, 1, "the peer's mean kept share of channels"),
     Field("peer_lap_left", 0, 1, "share of the peer's lap still to decide"),

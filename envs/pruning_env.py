@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, ClassVar, Literal, get_args
 
 import numpy as np
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from pettingzoo import ParallelEnv
 
 from envs.budget import COST_TOLERANCE, Budget, keep_ratio, kind_of, project, unused_share
-from envs.checks import check_budgets, check_networks, check_plan
+from envs.checks import check_budgets, check_held, check_networks, check_plan
 from envs.laps import Laps, lap_length
 from envs.observations import (
     LOCAL_FIELDS,
@@ -61,11 +61,15 @@ class PruningEnv(ParallelEnv[str, Vector, Vector]):
     Actions beyond the box are clipped. All-zero actions are uniform pruning and return exactly 0. The single
     group of a network that has only one is set by the budget: its agent's actions are ignored.
 
+    The networks of ``held`` agents stay uniform: their actions count as 0, and a plan that is evaluated has
+    its uniform widths in their place, whatever was asked for.
+
     ## Observation space
     Per agent a float32 box of ``envs.observations.LOCAL_FIELDS``: the group's geometry and importance
     profile, the budget, the agent's last decision, and the peer's feedback (the peer is the adversary:
-    ``discriminator_A`` of ``generator_A``). ``state()`` gives ``STATE_FIELDS`` for a centralised critic. No
-    size depends on the networks.
+    ``discriminator_A`` of ``generator_A``). With ``feedback=False`` that last part is all 0, from
+    ``has_peer`` on. ``state()`` gives ``STATE_FIELDS`` for a centralised critic, which always sees everyone.
+    No size depends on the networks.
 
     ## Reward
     One team reward for all. A term's score is (gap of the uniform plan at this budget - gap) / spread: 0 =
@@ -95,6 +99,8 @@ class PruningEnv(ParallelEnv[str, Vector, Vector]):
         budgets: agent → budget.
         weights: weights of the reward families.
         reward: ``step`` or ``final``.
+        feedback: whether agents see what their peer and the last joint step did.
+        held: agents whose networks stay uniform.
         horizon: steps per episode.
         plan: the current plan.
         best: the best of all counted plans by potential, the ones on the way too; the uniform plan to begin
@@ -115,22 +121,28 @@ class PruningEnv(ParallelEnv[str, Vector, Vector]):
         *,
         weights: Weights | None = None,
         reward: Reward = "step",
+        feedback: bool = True,
+        held: Collection[str] = (),
         listener: Listener | None = None,
     ) -> None:
         """Store the parts; nothing is scored before :meth:`prepare` or the first :meth:`reset`.
 
         Raises:
-            UserError: if a budget is missing, unknown or unreachable, or ``reward`` is unknown.
+            UserError: if a budget is missing, unknown or unreachable, ``reward`` or an agent in ``held`` is
+                unknown, or all of them are held.
         """
         networks = scorer.networks
         check_networks(networks)
         check_budgets(networks, budgets)
+        check_held(held, networks)
         if reward not in get_args(Reward):
             raise unknown("reward", reward, get_args(Reward))
         self.scorer = scorer
         self.budgets = {agent: budgets[agent] for agent in networks}
         self.weights = weights or Weights()
         self.reward = reward
+        self.feedback = feedback
+        self.held = frozenset(held)
         self.listener = listener
         self.horizon = max(map(lap_length, networks.values()))
         self.possible_agents = list(networks)
@@ -204,7 +216,7 @@ class PruningEnv(ParallelEnv[str, Vector, Vector]):
         if not self.agents:
             raise RuntimeError("the episode is over (or was never begun): call reset() before step()")
         for agent, action in self._read(actions).items():
-            self._laps[agent].decide(action)
+            self._laps[agent].decide(0.0 if agent in self.held else action)
         self._steps += 1
         done = self._steps == self.horizon
         scored = done or self.reward == "step"
@@ -250,7 +262,7 @@ class PruningEnv(ParallelEnv[str, Vector, Vector]):
         A counted plan may become ``best``; the listener is told of it as a plan and as an episode of its own.
 
         Args:
-            plan: a feasible plan of all networks.
+            plan: a feasible plan of all networks; held ones are uniform in the plan that is scored.
             budgets: agent → keep ratio; by default the fixed ones, or those of the current episode.
             counted: False for references that cost nothing and change nothing.
 
@@ -260,7 +272,7 @@ class PruningEnv(ParallelEnv[str, Vector, Vector]):
         self.prepare()
         budgets = self._resolve_budgets(budgets)
         check_plan(plan, self.scorer.networks, budgets)
-        evaluation = self._evaluate(plan, budgets, counted)
+        evaluation = self._evaluate(self._hold(plan, budgets), budgets, counted)
         if counted:
             self._report(evaluation)
         return evaluation
@@ -291,7 +303,15 @@ class PruningEnv(ParallelEnv[str, Vector, Vector]):
             agent: project(network, proportions[agent], budgets[agent]).widths.tolist()
             for agent, network in networks.items()
         }
-        return Plan.of(widths, self.scorer.ranking)
+        return self._hold(Plan.of(widths, self.scorer.ranking), budgets)
+
+    def _hold(self, plan: Plan, budgets: Mapping[str, float]) -> Plan:
+        """The plan with uniform widths for the held networks."""
+        if not self.held:
+            return plan
+        uniform = self.references.uniform_plan(budgets)
+        kept = {agent: (uniform if agent in self.held else plan)[agent] for agent in plan}
+        return Plan.of(kept, plan.ranking)
 
     def _read(self, actions: Mapping[str, Vector]) -> dict[str, float]:
         if set(actions) != set(self.agents):
@@ -343,9 +363,11 @@ class PruningEnv(ParallelEnv[str, Vector, Vector]):
 
     def _observe(self) -> dict[str, Vector]:
         # under "final" the last reward is paid, but no observation tells of it: feedback stays 0
-        feedback = self._feedback if self.reward == "step" else Feedback(self._feedback.progress)
+        told = self.feedback and self.reward == "step"
+        feedback = self._feedback if told else Feedback(self._feedback.progress)
+        peers = self._laps if self.feedback else {}
         return {
-            agent: observe_local(laps, self._laps.get(peer_of(agent)), self._facts[agent], feedback)
+            agent: observe_local(laps, peers.get(peer_of(agent)), self._facts[agent], feedback)
             for agent, laps in self._laps.items()
         }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -192,6 +192,8 @@ def toy_env(
     *,
     budgets: Mapping[str, Budget | float | str] | None = None,
     weights: Weights = TOY_WEIGHTS,
+    feedback: bool = True,
+    held: Collection[str] = (),
     log: EvaluationLog | None = None,
     listener: Listener | None = None,
     multiple: int = 4,
@@ -205,6 +207,8 @@ def toy_env(
         budgets: agent → budget; the defaults where not given. The best plan is known at the log-middle of
             ranges.
         weights: weights of the reward families.
+        feedback: False hides from every agent what its peer and the last joint step did.
+        held: agents whose networks stay uniform.
         log: keeps the scores.
         listener: is told of plans and episodes.
         multiple: widths are multiples of it.
@@ -215,7 +219,13 @@ def toy_env(
         {agent: b.at(0.5) for agent, b in ranges.items()}, multiple=multiple, coupling=coupling
     )
     return PruningEnv(
-        CountedScorer(scorer, log, evaluations), ranges, weights=weights, reward=reward, listener=listener
+        CountedScorer(scorer, log, evaluations),
+        ranges,
+        weights=weights,
+        reward=reward,
+        feedback=feedback,
+        held=held,
+        listener=listener,
     )
 
 

@@ -60,11 +60,67 @@ class PairedImages:
             self.inputs[rows], self.targets[rows], tuple(self.names[i] for i in rows.tolist())
         )
 
+    def swapped(self) -> PairedImages:
+        """The same pairs, for the way back: what was a target is an input."""
+        return PairedImages(self.targets, self.inputs, self.names)
+
     def with_flips(self) -> PairedImages:
         """Every pair and its mirror image: 2N pairs."""
         inputs, targets = (torch.cat([images, images.flip(-1)]) for images in (self.inputs, self.targets))
         mirrored = tuple(f"{name} (mirrored)" for name in self.names)
         return PairedImages(inputs, targets, self.names + mirrored)
+
+
+@dataclass(frozen=True)
+class UnpairedImages:
+    """Images of two domains; what stands in one row of both has nothing to do with each other.
+
+    Attributes:
+        first: (N, C, H, W) uint8, domain A.
+        second: (M, C, H, W) uint8, domain B.
+        first_names, second_names: N and M short names.
+    """
+
+    first: Tensor
+    second: Tensor
+    first_names: tuple[str, ...]
+    second_names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        """Images of the larger domain."""
+        return max(len(self.first), len(self.second))
+
+    def tensors(self) -> tuple[Tensor, Tensor]:
+        """All images of both domains, float32 in [−1, 1]; N and M of them."""
+        return to_float(self.first), to_float(self.second)
+
+    def take(self, count: int | None) -> UnpairedImages:
+        """``count`` images of each domain, spread evenly (all, where there are fewer, or for None)."""
+        picked = []
+        for images, names in ((self.first, self.first_names), (self.second, self.second_names)):
+            kept = len(images) if count is None else min(count, len(images))
+            rows = torch.linspace(0, len(images) - 1, kept).round().long()
+            picked.append((images[rows], tuple(names[i] for i in rows.tolist())))
+        (first, first_names), (second, second_names) = picked
+        return UnpairedImages(first, second, first_names, second_names)
+
+    def swapped(self) -> UnpairedImages:
+        """The same images, for the way back: B is the first domain, A the second."""
+        return UnpairedImages(self.second, self.first, self.second_names, self.first_names)
+
+    def drawn(self) -> PairedImages:
+        """Each image beside the one in its row; the smaller domain starts again when it is through.
+
+        For what needs rows: margins, statistics, the warm-up. The names are those of the first domain.
+        """
+        first, second = (torch.arange(len(self)) % len(images) for images in (self.first, self.second))
+        names = tuple(self.first_names[i] for i in first.tolist())
+        return PairedImages(self.first[first], self.second[second], names)
+
+    @classmethod
+    def of(cls, pairs: PairedImages) -> UnpairedImages:
+        """Both sides of pairs as domains of their own."""
+        return cls(pairs.inputs, pairs.targets, pairs.names, pairs.names)
 
 
 def _tiles(name: str, tile: int, columns: int, count: int) -> Tensor:
@@ -76,42 +132,99 @@ def _tiles(name: str, tile: int, columns: int, count: int) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(tiles[:count]))
 
 
+EMBEDDED = {"edges2emoji": ("edges.png", "noto.png"), "noto2twemoji": ("noto.png", "twemoji.png")}
+"""Embedded images → the sheets of the inputs and of the targets."""
+
+
 @cache
 def embedded_pairs(task: str, split: Split) -> PairedImages:
-    """One split of an embedded paired task.
+    """One split of embedded images, each with its true counterpart: 1,084 / 160 / 256 pairs of 64 × 64.
 
-    ``edges2emoji``: Canny edges of the Noto drawings → the drawings, 64 × 64; 1,084 / 160 / 256
-    pairs, drawing variants of one emoji kept in one split.
+    ``edges2emoji``: Canny edges of the Noto drawings → the drawings. ``noto2twemoji``: Noto drawings →
+    Twemoji drawings; training must not use those pairs, see :func:`embedded_unpaired`. Drawing variants of
+    one emoji are kept in one split.
     """
-    if task != "edges2emoji":
-        raise unknown("embedded task", task, ("edges2emoji",))
+    if task not in EMBEDDED:
+        raise unknown("embedded task", task, EMBEDDED)
     if split not in SPLITS:
         raise unknown("split", split, SPLITS)
     index = json.loads((resources.files("gan") / "assets" / "emoji64" / "index.json").read_text())
     shape = index["tile"], index["columns"], index["count"]
     rows = [i for i, item in enumerate(index["items"]) if item["split"] == split]
     names = tuple(index["items"][i]["name"] for i in rows)
-    return PairedImages(_tiles("edges.png", *shape)[rows], _tiles("noto.png", *shape)[rows], names)
+    inputs, targets = (_tiles(sheet, *shape)[rows] for sheet in EMBEDDED[task])
+    return PairedImages(inputs, targets, names)
+
+
+@cache
+def embedded_unpaired(task: str, split: Split) -> UnpairedImages:
+    """The images of :func:`embedded_pairs` without their pairing: the second domain in a fixed other order.
+
+    No image stands in the row of its counterpart.
+    """
+    pairs = embedded_pairs(task, split)
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))
+    # Along the cycle of a random order everybody's follower is somebody else.
+    follower = torch.empty_like(order)
+    follower[order] = order.roll(-1)
+    names = tuple(pairs.names[i] for i in follower.tolist())
+    return UnpairedImages(pairs.inputs, pairs.targets[follower], pairs.names, names)
+
+
+def _moves(images: Tensor, shift: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Rows (N, H) and columns (N, W) to read each image at: half are mirrored, all moved, edges repeated."""
+    count, _, height, width = images.shape
+    mirrored = torch.rand(count, generator=generator) < 0.5
+    moves = (
+        torch.randint(-shift, shift + 1, (count, 2), generator=generator)
+        if shift
+        else torch.zeros(count, 2).long()
+    )
+    rows = (torch.arange(height)[None] + moves[:, :1]).clamp(0, height - 1)
+    columns = torch.arange(width)[None].expand(count, -1)
+    columns = torch.where(mirrored[:, None], columns.flip(-1), columns)
+    return rows, (columns + moves[:, 1:]).clamp(0, width - 1)
+
+
+def _read(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
+    """Each image (N, C, H, W) at its own rows and columns."""
+    count, channels = images.shape[:2]
+    picked = torch.arange(count)[:, None, None, None], torch.arange(channels)[None, :, None, None]
+    return images[(*picked, rows[:, None, :, None], columns[:, None, None, :])]
 
 
 def augment(inputs: Tensor, targets: Tensor, shift: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
     """Mirror half of the pairs and move each by up to ``shift`` pixels, edges repeated.
 
     Args:
-        inputs: (N, 3, H, W) uint8; ``targets`` alike. A pair is moved as one.
+        inputs: (N, C, H, W) uint8; ``targets`` alike. A pair is moved as one.
     """
-    n, _, height, width = inputs.shape
-    mirrored = torch.rand(n, generator=generator) < 0.5
-    moves = (
-        torch.randint(-shift, shift + 1, (n, 2), generator=generator) if shift else torch.zeros(n, 2).long()
-    )
-    rows = (torch.arange(height)[None] + moves[:, :1]).clamp(0, height - 1)
-    columns = torch.arange(width)[None].expand(n, -1)
-    columns = torch.where(mirrored[:, None], columns.flip(-1), columns)
-    columns = (columns + moves[:, 1:]).clamp(0, width - 1)
-    picked = torch.arange(n)[:, None, None, None], torch.arange(3)[None, :, None, None]
-    at = (*picked, rows[:, None, :, None], columns[:, None, None, :])
-    return inputs[at], targets[at]
+    at = _moves(inputs, shift, generator)
+    return _read(inputs, *at), _read(targets, *at)
+
+
+def augment_alone(images: Tensor, shift: int, generator: torch.Generator) -> Tensor:
+    """:func:`augment` for images (N, C, H, W) uint8 without partners."""
+    return _read(images, *_moves(images, shift, generator))
+
+
+def unpaired_batches(
+    images: UnpairedImages, size: int, generator: torch.Generator, shift: int = 0
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """One pass over the larger domain, full batches only; the smaller one starts again when it is through.
+
+    Both are in random orders of their own and augmented apart: (A, B), float32 in [−1, 1].
+    """
+    size = min(size, len(images.first), len(images.second))
+    steps = len(images) // size
+
+    def shown(domain: Tensor) -> Iterator[Tensor]:
+        passes = -(-steps * size // len(domain))
+        order = torch.cat([torch.randperm(len(domain), generator=generator) for _ in range(passes)])
+        for rows in order[: steps * size].split(size):
+            yield to_float(augment_alone(domain[rows], shift, generator))
+
+    yield from zip(shown(images.first), shown(images.second), strict=True)
 
 
 def batches(

@@ -19,6 +19,7 @@ from gan.data import PairedImages, to_float
 from gan.groups import ChannelGroup
 from gan.importance import l1_importance, order_of
 from gan.losses import (
+    condition_of,
     discriminator_loss,
     generator_loss,
     logit_distillation,
@@ -149,7 +150,7 @@ def teaching_images(
                     mixed[i, :, top : top + h, left : left + w] = images[i - 1][
                         :, top : top + h, left : left + w
                     ]
-            inputs, targets = to_float(mixed).split(3, 1)
+            inputs, targets = to_float(mixed).split([pairs.inputs.shape[1], pairs.targets.shape[1]], 1)
             yield inputs, targets
 
 
@@ -170,15 +171,15 @@ class Adversary:
             self.network.parameters(), lr=options.learning_rate / 5, betas=(0.5, 0.999)
         )
 
-    def fooled(self, inputs: Tensor, made: Tensor) -> Tensor:
+    def fooled(self, condition: Tensor, made: Tensor) -> Tensor:
         """The generator's loss (0-d) for its outputs (N, 3, H, W); reaches no weight of the adversary."""
         self.network.requires_grad_(False)
-        return generator_loss(self.network(paired_input(inputs, made)).float(), "vanilla")
+        return generator_loss(self.network(paired_input(condition, made)).float(), "vanilla")
 
-    def learn(self, inputs: Tensor, lesson: Tensor, made: Tensor) -> None:
+    def learn(self, condition: Tensor, lesson: Tensor, made: Tensor) -> None:
         """One step: dense outputs are real, elastic ones are not."""
         self.network.requires_grad_(True)
-        real, fake = (self.network(paired_input(inputs, images)).float() for images in (lesson, made))
+        real, fake = (self.network(paired_input(condition, images)).float() for images in (lesson, made))
         self.optimizer.zero_grad(set_to_none=True)
         discriminator_loss(real, fake, "vanilla").backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
@@ -232,6 +233,7 @@ def train_elastic(
         inputs, targets = (x.to(device) for x in next(images))
         with torch.no_grad(), amp():
             lesson = teacher(inputs).float()
+        condition = condition_of(critic, inputs, targets.shape[1])
         optimizers[0].zero_grad(set_to_none=True)
         total = 0.0
         made = inputs
@@ -243,17 +245,17 @@ def train_elastic(
             total += float(loss.detach())
             if adversary is not None:
                 with amp():
-                    loss = loss + options.adversarial * adversary.fooled(inputs, made)
+                    loss = loss + options.adversarial * adversary.fooled(condition, made)
             loss.backward()  # type: ignore[no-untyped-call]
         optimizers[0].step()
         if adversary is not None:
             with amp():
-                adversary.learn(inputs, lesson, made.detach())
+                adversary.learn(condition, lesson, made.detach())
 
         # One half of the batch keeps the discriminator's share of the step small; its task is the easier one.
         half = slice(0, max(1, len(inputs) // 2))
         shown = torch.cat([targets[half], lesson[half], made.detach()[half]])
-        seen = paired_input(inputs[half].repeat(3, 1, 1, 1), shown)
+        seen = paired_input(condition[half].repeat(3, 1, 1, 1), shown)
         with torch.no_grad(), amp():
             logits = critic(seen).float()
         optimizers[1].zero_grad(set_to_none=True)

@@ -14,6 +14,7 @@ from gan.cost import build_cost_model
 from gan.data import PairedImages, to_float, to_uint8
 from gan.features import Extractor
 from gan.fidelity import density_coverage, frechet_distance, image_l1, kid, psnr
+from gan.losses import condition_of, paired_input
 from gan.scoring import Yardstick, run_batched
 
 KID = "kid_efficientnet_lite0"
@@ -103,7 +104,8 @@ class Judge:
         gaps, _ = yardstick.generator_gaps(outputs, look.first(len(outputs)))
         image = yardstick.inputs[:1]
         macs, params = count(generator, [image])
-        discriminator_macs, _ = count(discriminator, [torch.cat([image, image], 1)])
+        condition = condition_of(discriminator, image, yardstick.targets.shape[1])
+        discriminator_macs, _ = count(discriminator, [paired_input(condition, yardstick.targets[:1])])
         row = {
             "macs": macs,
             "params": params,

@@ -80,12 +80,12 @@ class Extractor:
         """Features of images and of places in them, float32 on the extractor's device.
 
         Args:
-            images: (N, 3, H, W) floats in [−1, 1], N ≥ 1, on any device.
+            images: (N, 3, H, W) floats in [−1, 1], N ≥ 1, on any device; or (N, 1, H, W), grey.
 
         Raises:
             ValueError: if the shape is another one.
         """
-        if images.ndim != 4 or images.shape[1] != 3 or len(images) == 0:
+        if images.ndim != 4 or images.shape[1] not in (1, 3) or len(images) == 0:
             raise ValueError(f"images are {tuple(images.shape)}; the extractor takes (N, 3, H, W) with N ≥ 1")
         chunks = [
             self.network(prepare(chunk.to(self.device), self.image_size)) for chunk in images.split(CHUNK)
@@ -95,8 +95,11 @@ class Extractor:
 
 
 def prepare(images: Tensor, image_size: int) -> Tensor:
-    """Resize (n, 3, H, W) in [−1, 1] to a square, antialiased where it shrinks, and normalise."""
-    images = images.float()
+    """Resize (n, 3, H, W) in [−1, 1] to a square, antialiased where it shrinks, and normalise.
+
+    Grey images (n, 1, H, W) become (n, 3, H, W) too.
+    """
+    images = images.float().expand(-1, 3, -1, -1)
     size = (image_size, image_size)
     if images.shape[-2:] != size:
         shrinks = max(images.shape[-2:]) > image_size

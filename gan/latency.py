@@ -12,10 +12,7 @@ from __future__ import annotations
 import copy
 import json
 import platform
-import statistics
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 from pathlib import Path
@@ -31,6 +28,7 @@ from gan.errors import UserError
 from gan.files import write_json
 from gan.groups import CONVOLUTIONS, NORMS, Axis, ChannelGroup, Slot, without_inplace
 from gan.slicing import Slicer
+from gan.stopwatch import Job, Timer, time_all, time_once
 
 if TYPE_CHECKING:
     from gan.cost import CostModel
@@ -39,9 +37,6 @@ FORMAT = 1
 SLOPE = 1e-4
 """Share of the dense latency that is spread evenly over all channels: the table may be flat, but a wider
 plan must cost more, or the longest prefix of increments that fits a budget would be no definite one."""
-
-Timer = Callable[[nn.Module, Sequence[Tensor]], float]
-"""Milliseconds of one run of a module on its inputs."""
 
 
 @dataclass(frozen=True)
@@ -154,59 +149,8 @@ class _Flat:
         )
 
 
-@torch.no_grad()
-def time_once(module: nn.Module, inputs: Sequence[Tensor]) -> float:
-    """Wall milliseconds of one run, until the device is done."""
-    start = time.perf_counter()
-    module(*inputs)
-    if inputs[0].device.type == "cuda":
-        torch.cuda.synchronize()
-    return 1e3 * (time.perf_counter() - start)
-
-
-@contextmanager
-def one_thread() -> Iterator[None]:
-    """Within it torch computes on one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(threads)
-
-
 @dataclass(frozen=True)
-class Job:
-    """Something to time: made when its turn comes, because all of them together would fill the memory.
-
-    Attributes:
-        make: gives the module in evaluation mode.
-        inputs: what it runs on.
-    """
-
-    make: Callable[[], nn.Module]
-    inputs: tuple[Tensor, ...]
-
-
-def time_all(jobs: Sequence[Job], timer: Timer, rounds: int, runs: int, seed: int) -> NDArray[np.float64]:
-    """Median milliseconds of every job, on one thread.
-
-    Every round visits all jobs in a new order, so that a drift of the machine falls on all alike; a visit is
-    one run that does not count and ``runs`` that do.
-    """
-    random = np.random.default_rng(seed)
-    times: list[list[float]] = [[] for _ in jobs]
-    with one_thread():
-        for _ in range(rounds):
-            for index in random.permutation(len(jobs)):
-                module, inputs = jobs[index].make(), jobs[index].inputs
-                timer(module, inputs)
-                times[index] += [timer(module, inputs) for _ in range(runs)]
-    return np.array([statistics.median(row) for row in times])
-
-
-@dataclass(frozen=True)
-class _Unit:
+class LayerUnit:
     """A convolution with what runs right before and after it.
 
     Attributes:
@@ -283,9 +227,9 @@ class _Unit:
         return jobs
 
 
-def _units(
+def layer_units(
     network: nn.Module, groups: Sequence[ChannelGroup], inputs: Sequence[Tensor], multiple: int
-) -> list[_Unit]:
+) -> list[LayerUnit]:
     """The convolutions of a network in forward order, each with its neighbours.
 
     A norm goes with the convolution before it, whose channels it has; an activation or a padding with the one
@@ -332,7 +276,7 @@ def _units(
             module.in_channels - cut.get((name, "in"), 0),
             module.out_channels - cut.get((name, "out"), 0),
         )
-        units.append(_Unit(name, tuple(parts), len(lead), lead[0][2] if lead else shape, lowest))
+        units.append(LayerUnit(name, tuple(parts), len(lead), lead[0][2] if lead else shape, lowest))
     return units
 
 
@@ -386,7 +330,7 @@ def measure_latency(
     device = next(network.parameters()).device
     network = without_inplace(copy.deepcopy(network)).eval().requires_grad_(False)
     inputs = tuple(x.to(device) for x in inputs)
-    units = _units(network, groups, inputs, multiple)
+    units = layer_units(network, groups, inputs, multiple)
     grids = {unit.geometry: unit.grids(multiple, points) for unit in units}
     firsts = {unit.geometry: unit for unit in reversed(units)}
     jobs: list[Job] = []

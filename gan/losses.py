@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gan.errors import unknown
@@ -91,3 +91,28 @@ def relative_distance(made: Sequence[Tensor], wanted: Sequence[Tensor]) -> Tenso
 def paired_input(condition: Tensor, image: Tensor) -> Tensor:
     """What a paired discriminator sees: (N, 3, H, W) twice → (N, 6, H, W)."""
     return torch.cat([condition, image], 1)
+
+
+def condition_of(discriminator: nn.Module, inputs: Tensor, channels: int) -> Tensor:
+    """What a discriminator is told of the inputs (N, C, H, W): all of them, or nothing, (N, 0, H, W).
+
+    A paired discriminator takes input and image stacked, an unpaired one the image alone; how many channels
+    its first convolution takes says which it is. The answer goes into :func:`paired_input`.
+
+    Args:
+        discriminator: the network.
+        inputs: of the generator.
+        channels: of the images that are judged.
+
+    Raises:
+        ValueError: its first convolution takes neither.
+    """
+    taken = next(m.in_channels for m in discriminator.modules() if isinstance(m, nn.Conv2d))
+    if taken == channels:
+        return inputs[:, :0]
+    if taken == inputs.shape[1] + channels:
+        return inputs
+    raise ValueError(
+        f"the discriminator takes {taken} channels; images of {channels} channels need {channels} (the image "
+        f"alone) or {inputs.shape[1] + channels} (input and image)"
+    )

@@ -6,21 +6,70 @@ checkpoints load; activations are not in place, because in-place ones hide layer
 
 from __future__ import annotations
 
+import copy
+import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from gan.errors import UserError, unknown
 
 NormKind = Literal["batch", "instance", "none"]
+StatisticsKind = Literal["running", "image"]
 UNET_LEVELS = {"unet_64": 6, "unet_128": 7, "unet_256": 8}
 RESNET_BLOCKS = {"resnet_6blocks": 6, "resnet_9blocks": 9}
 DISCRIMINATORS = ("basic", "n_layers", "pixel")
 GENERATORS = (*UNET_LEVELS, *RESNET_BLOCKS)
+"""The usual names; any power of two and any number of blocks can be asked for."""
+
+
+def unet_levels(name: str) -> int | None:
+    """Halvings of ``unet_SIZE``, which takes an image of SIZE pixels to one pixel; None for other names."""
+    size = int(found[1]) if (found := re.fullmatch(r"unet_(\d+)", name)) else 0
+    return size.bit_length() - 1 if size >= 4 and size.bit_count() == 1 else None
+
+
+def resnet_blocks(name: str) -> int | None:
+    """Residual blocks of ``resnet_Nblocks``; None for other names."""
+    found = re.fullmatch(r"resnet_([1-9]\d*)blocks", name)
+    return int(found[1]) if found else None
+
+
+class ImageNorm2d(nn.InstanceNorm2d):
+    """BatchNorm as it works at batch size 1: every image is normalised by statistics of its own.
+
+    Pix2Pix trains at batch size 1 and is meant to run so (Isola et al. 2017, section 6.2). The tensors are
+    those of ``BatchNorm2d`` under the same names, so the same checkpoint fits both; the running statistics go
+    on in training, as they did there, but nothing reads them.
+    """
+
+    def __init__(self, channels: int, eps: float = 1e-5) -> None:
+        super().__init__(channels, eps=eps, affine=True, track_running_stats=True)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, C, H, W) → the same shape; H × W > 1."""
+        if not self.training or self.running_mean is None:
+            return F.instance_norm(x, None, None, self.weight, self.bias, True, 0.0, self.eps)
+        mean, var, momentum = self.running_mean, self.running_var, self.momentum or 0.0
+        return F.instance_norm(x, mean, var, self.weight, self.bias, True, momentum, self.eps)
+
+
+def with_image_statistics(network: nn.Module) -> nn.Module:
+    """A copy of a network whose BatchNorms use the statistics of the image at hand."""
+    network = copy.deepcopy(network)
+    for module in list(network.modules()):
+        for name, norm in list(module.named_children()):
+            if isinstance(norm, nn.BatchNorm2d):
+                own = ImageNorm2d(norm.num_features, norm.eps).to(norm.weight.device)
+                own.load_state_dict(norm.state_dict())
+                own.requires_grad_(norm.weight.requires_grad)
+                setattr(module, name, own.train(norm.training))
+    return network
 
 
 def make_norm(kind: NormKind, channels: int) -> nn.Module:
@@ -224,6 +273,7 @@ class Architecture:
         dropout: dropout inside the generator.
         layers: halvings of the ``n_layers`` discriminator.
         widths: channel counts of a pruned network, in the forward order of its groups; None = dense.
+        statistics: what BatchNorm normalises with: ``running`` statistics, or those of the ``image`` at hand.
     """
 
     name: str
@@ -234,17 +284,17 @@ class Architecture:
     dropout: bool = False
     layers: int = 3
     widths: tuple[int, ...] | None = None
+    statistics: StatisticsKind = "running"
 
     @property
     def dense_widths(self) -> tuple[int, ...]:
         """Channel counts of the unpruned network."""
         base = self.base_width
-        if self.name in UNET_LEVELS:
-            levels = UNET_LEVELS[self.name]
+        if levels := unet_levels(self.name):
             down = [base * min(2**depth, 8) for depth in range(levels)]
             return (*down, *reversed(down[:-1]))
-        if self.name in RESNET_BLOCKS:
-            return (base, base * 2, *[base * 4] * (1 + RESNET_BLOCKS[self.name]), base * 2, base)
+        if blocks := resnet_blocks(self.name):
+            return (base, base * 2, *[base * 4] * (1 + blocks), base * 2, base)
         if self.name in ("basic", "n_layers"):
             layers = 3 if self.name == "basic" else self.layers
             return tuple(base * min(2**depth, 8) for depth in range(layers + 1))
@@ -254,7 +304,14 @@ class Architecture:
 
     @property
     def is_generator(self) -> bool:
-        return self.name in GENERATORS
+        return unet_levels(self.name) is not None or resnet_blocks(self.name) is not None
+
+    @property
+    def size_multiple(self) -> int:
+        """Pixels that height and width of an image must be a multiple of."""
+        if levels := unet_levels(self.name):
+            return int(2**levels)
+        return 4 if self.is_generator else 1
 
     def pruned(self, widths: tuple[int, ...]) -> Architecture:
         """The same architecture with other channel counts."""
@@ -270,13 +327,16 @@ class Architecture:
         widths = dense if self.widths is None else self.widths
         if len(widths) != len(dense) or min(widths) < 1:
             raise UserError(f"{self.name} takes {len(dense)} positive widths; got {list(widths)}")
-        if self.name in UNET_LEVELS:
-            return UnetGenerator(self.in_channels, self.out_channels, widths, self.norm, self.dropout)
-        if self.name in RESNET_BLOCKS:
-            return ResnetGenerator(self.in_channels, self.out_channels, widths, self.norm, self.dropout)
-        if self.name == "pixel":
-            return PixelDiscriminator(self.in_channels, widths, self.norm)
-        return PatchDiscriminator(self.in_channels, widths, self.norm)
+        if self.statistics not in get_args(StatisticsKind):
+            raise unknown("norm statistics", self.statistics, get_args(StatisticsKind))
+        network: nn.Module
+        if self.is_generator:
+            kind = UnetGenerator if unet_levels(self.name) else ResnetGenerator
+            network = kind(self.in_channels, self.out_channels, widths, self.norm, self.dropout)
+        else:
+            one = PixelDiscriminator if self.name == "pixel" else PatchDiscriminator
+            network = one(self.in_channels, widths, self.norm)
+        return with_image_statistics(network) if self.statistics == "image" else network
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -303,7 +363,7 @@ def initialise(network: nn.Module, generator: torch.Generator, std: float = 0.02
         for module in network.modules():
             if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
                 module.weight.normal_(0.0, std, generator=generator)
-            elif isinstance(module, nn.BatchNorm2d):
+            elif isinstance(module, nn.BatchNorm2d | ImageNorm2d):
                 module.weight.normal_(1.0, std, generator=generator)
             else:
                 continue

@@ -38,6 +38,8 @@ def recompute_statistics(network: nn.Module, images: Tensor, batch_size: int | N
     Statistics are averaged over the batches, as running statistics are, so what goes into one batch matters:
     by default the first half of the images and the second (a discriminator's real and made ones).
     """
+    if not any(isinstance(module, nn.BatchNorm2d) for module in network.modules()):
+        return network.eval()  # other norms keep no statistics that anything reads
     batch_size = max(1, len(images) // 2) if batch_size is None else batch_size
     with cumulative_statistics(network):
         for chunk in images.split(batch_size):

@@ -6,6 +6,7 @@ The only importer of onnx and onnxruntime; both are imported when first needed.
 from __future__ import annotations
 
 import importlib
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from gan.errors import UserError
 
@@ -105,21 +107,49 @@ class BatchRunner:
             return np.concatenate(list(pool.map(self._run, batches)))
 
 
-class ConvGraph:
-    """Builds the ONNX graph of a plain convolutional network, node by node.
+class OnnxNetwork(nn.Module):
+    """An ONNX model with one input and one output as a module: it runs where a network of torch would.
 
-    Written by hand for frozen networks of a known shape: ``torch.onnx.export`` needs onnxscript and
-    seconds (``dynamo=True``) or warns that it will go away (``dynamo=False``).
-
-    Each method takes and returns names of values inside the graph.
+    Args:
+        model: a serialised model or the path of one.
+        threads: threads that work inside one operator, ≥ 1.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, model: bytes | Path, threads: int = 1) -> None:
+        super().__init__()
+        self._session = session(model, threads)
+        self._input = self._session.get_inputs()[0].name
+        # Programs ask a network's parameters for its device.
+        self.place = nn.Parameter(torch.zeros(0), requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(N, …) float32 on the CPU → (N, …)."""
+        return torch.from_numpy(self._session.run(None, {self._input: x.numpy()})[0])
+
+
+class ConvGraph:
+    """Builds the ONNX graph of a convolutional network, node by node.
+
+    Written by hand for frozen networks: ``torch.onnx.export`` needs onnxscript and seconds
+    (``dynamo=True``) or warns that it will go away (``dynamo=False``).
+
+    Each method takes and returns names of values inside the graph: ``scope/Operator_number``.
+
+    Args:
+        half: constants and arithmetic in fp16; what comes in and goes out stays float32.
+
+    Attributes:
+        scope: where the next nodes belong, such as a module's name; the runtime keeps it in its profiles.
+    """
+
+    def __init__(self, half: bool = False) -> None:
         self._onnx = require("onnx")
+        self._half = half
         self._nodes: list[Any] = []
         self._constants: list[Any] = []
         self._count = 0
         self._bounds: tuple[str, str] | None = None
+        self.scope = ""
 
     def _name(self) -> str:
         self._count += 1
@@ -127,12 +157,16 @@ class ConvGraph:
 
     def _constant(self, array: NDArray[Any]) -> str:
         name = self._name()
+        array = np.asarray(array)
+        if self._half and array.dtype == np.float32:
+            array = array.astype(np.float16)
         self._constants.append(self._onnx.numpy_helper.from_array(array, name))
         return name
 
     def _node(self, kind: str, inputs: list[str], **attributes: Any) -> str:
-        name = self._name()
-        self._nodes.append(self._onnx.helper.make_node(kind, inputs, [name], **attributes))
+        self._count += 1
+        name = f"{self.scope}/{kind}_{self._count}"
+        self._nodes.append(self._onnx.helper.make_node(kind, inputs, [name], name=name, **attributes))
         return name
 
     def conv(
@@ -143,6 +177,7 @@ class ConvGraph:
         stride: tuple[int, int],
         padding: tuple[int, int, int, int],
         groups: int,
+        dilation: tuple[int, int] = (1, 1),
     ) -> str:
         """2-d convolution; ``weight`` (out, in / groups, kH, kW), ``padding`` (left, right, top, bottom)."""
         left, right, top, bottom = padding
@@ -152,6 +187,30 @@ class ConvGraph:
             strides=list(stride),
             pads=[top, left, bottom, right],
             group=groups,
+            dilations=list(dilation),
+            kernel_shape=list(weight.shape[2:]),
+        )
+
+    def conv_transposed(
+        self,
+        x: str,
+        weight: NDArray[np.float32],
+        bias: NDArray[np.float32],
+        stride: tuple[int, int],
+        padding: tuple[int, int],
+        output_padding: tuple[int, int],
+        groups: int,
+        dilation: tuple[int, int] = (1, 1),
+    ) -> str:
+        """2-d transposed convolution; ``weight`` (in, out / groups, kH, kW), paddings (height, width)."""
+        return self._node(
+            "ConvTranspose",
+            [x, self._constant(weight), self._constant(bias)],
+            strides=list(stride),
+            pads=[*padding, *padding],
+            output_padding=list(output_padding),
+            group=groups,
+            dilations=list(dilation),
             kernel_shape=list(weight.shape[2:]),
         )
 
@@ -161,30 +220,114 @@ class ConvGraph:
             self._bounds = self._constant(np.float32(0)), self._constant(np.float32(6))  # type: ignore[arg-type]
         return self._node("Clip", [x, *self._bounds])
 
+    def pointwise(self, kind: str, x: str, **attributes: Any) -> str:
+        """An operator of one input that ONNX knows by this name, such as ``Relu`` or ``Tanh``."""
+        return self._node(kind, [x], **attributes)
+
     def add(self, x: str, y: str) -> str:
         """x + y."""
-        return self._node("Add", [x, y])
+        return self.combine("Add", x, y)
+
+    def combine(self, kind: str, x: str | float, y: str | float) -> str:
+        """``Add``, ``Sub``, ``Mul`` or ``Div`` of two values, one of which may be a plain number."""
+        names = [v if isinstance(v, str) else self._constant(np.float32(v)) for v in (x, y)]  # type: ignore[arg-type]
+        return self._node(kind, names)
+
+    def scaled(self, x: str, scale: NDArray[np.float32], shift: NDArray[np.float32]) -> str:
+        """scale · x + shift per channel, both (C,)."""
+        product = self._node("Mul", [x, self._constant(scale[:, None, None])])
+        return self._node("Add", [product, self._constant(shift[:, None, None])])
+
+    def instance_norm(
+        self, x: str, scale: NDArray[np.float32], shift: NDArray[np.float32], epsilon: float
+    ) -> str:
+        """Every channel of every image to mean 0 and variance 1, then scale · x + shift, both (C,).
+
+        In float32 even when all else is fp16: sums over an image leave the range of fp16.
+        """
+        half, self._half = self._half, False
+        x = self._cast(x, "FLOAT") if half else x
+        made = self._node(
+            "InstanceNormalization", [x, self._constant(scale), self._constant(shift)], epsilon=epsilon
+        )
+        self._half = half
+        return self._cast(made, "FLOAT16") if half else made
+
+    def pad(self, x: str, padding: tuple[int, int, int, int], mode: str, value: float = 0.0) -> str:
+        """Pad an image by (left, right, top, bottom) pixels; ``mode`` constant, reflect or edge."""
+        left, right, top, bottom = padding
+        pads = self._constant(np.array([0, 0, top, left, 0, 0, bottom, right], dtype=np.int64))
+        return self._node("Pad", [x, pads, self._constant(np.array(value, dtype=np.float32))], mode=mode)
 
     def pool(self, x: str) -> str:
         """Global average: (N, C, H, W) → (N, C)."""
         return self.flat(self._node("GlobalAveragePool", [x]))
+
+    def window(
+        self, kind: str, x: str, kernel: tuple[int, int], stride: tuple[int, int], padding: tuple[int, int]
+    ) -> str:
+        """``MaxPool`` or ``AveragePool``; a padded border counts in the average."""
+        more = {"count_include_pad": 1} if kind == "AveragePool" else {}
+        return self._node(
+            kind,
+            [x],
+            kernel_shape=list(kernel),
+            strides=list(stride),
+            pads=[*padding, *padding],
+            **more,
+        )
+
+    def resize(self, x: str, scale: tuple[float, float], mode: str, corners: bool = False) -> str:
+        """Enlarge (height, width) by factors, as torch does; ``mode`` nearest or linear.
+
+        Args:
+            corners: the corners of both images coincide (only for linear).
+        """
+        scales = np.array([1.0, 1.0, *scale], dtype=np.float32)
+        half, self._half = self._half, False  # factors are float32 by definition
+        name = self._constant(scales)
+        self._half = half
+        coordinates = "asymmetric" if mode == "nearest" else "align_corners" if corners else "half_pixel"
+        more = {"nearest_mode": "floor"} if mode == "nearest" else {}
+        return self._node(
+            "Resize", [x, "", name], mode=mode, coordinate_transformation_mode=coordinates, **more
+        )
+
+    def depth_to_space(self, x: str, block: int) -> str:
+        """(N, C · block², H, W) → (N, C, H · block, W · block), channel by channel."""
+        return self._node("DepthToSpace", [x], blocksize=block, mode="CRD")
 
     def flat(self, x: str) -> str:
         """All values of a sample in a row: (N, …) → (N, d)."""
         return self._node("Flatten", [x], axis=1)
 
     def concat(self, rows: list[str]) -> str:
-        """Rows behind each other: (N, d₁), (N, d₂), … → (N, d₁ + d₂ + …)."""
+        """Channels behind each other: (N, d₁, …), (N, d₂, …), … → (N, d₁ + d₂ + …, …)."""
         return self._node("Concat", rows, axis=1)
 
-    def model(self, source: str, inputs: tuple[int, ...], result: str, outputs: tuple[int, ...]) -> bytes:
-        """Serialise and check the graph from ``source`` to ``result``; shapes are without the batch axis."""
+    def _cast(self, x: str, kind: str) -> str:
+        return self._node("Cast", [x], to=getattr(self._onnx.TensorProto, kind))
+
+    def start(self, source: str) -> str:
+        """The value inside the graph that comes in under this name."""
+        return self._cast(source, "FLOAT16") if self._half else source
+
+    def model(
+        self, source: str, inputs: tuple[int | str, ...], result: str, outputs: tuple[int | str, ...]
+    ) -> bytes:
+        """Serialise and check the graph from ``source`` to ``result``, which goes out as ``output``.
+
+        Shapes are without the batch axis; a word in place of a number is a size that stays free.
+        """
         helper, kind = self._onnx.helper, self._onnx.TensorProto.FLOAT
+        last = self._onnx.helper.make_node(
+            "Cast" if self._half else "Identity", [result], ["output"], **({"to": kind} if self._half else {})
+        )
         graph = helper.make_graph(
-            self._nodes,
+            [*self._nodes, last],
             "graph",
             [helper.make_tensor_value_info(source, kind, ["batch", *inputs])],
-            [helper.make_tensor_value_info(result, kind, ["batch", *outputs])],
+            [helper.make_tensor_value_info("output", kind, ["batch", *outputs])],
             self._constants,
         )
         model = helper.make_model(
@@ -192,3 +335,17 @@ class ConvGraph:
         )
         self._onnx.checker.check_model(model)
         return model.SerializeToString()
+
+
+def with_metadata(model: bytes, metadata: Mapping[str, str]) -> bytes:
+    """The same serialised model with these keys in its metadata."""
+    onnx = require("onnx")
+    proto = onnx.load_model_from_string(model)
+    known = {entry.key: entry.value for entry in proto.metadata_props}
+    onnx.helper.set_model_props(proto, {**known, **metadata})
+    return proto.SerializeToString()
+
+
+def metadata_of(model: bytes | Path) -> dict[str, str]:
+    """Metadata of a serialised model or of a file."""
+    return dict(session(model).get_modelmeta().custom_metadata_map)

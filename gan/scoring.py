@@ -19,7 +19,8 @@ from gan.elastic import ElasticNetwork
 from gan.evaluations import PrunableNetwork, Scores
 from gan.features import Extractor, Look
 from gan.fidelity import KernelReference
-from gan.losses import paired_input
+from gan.gates import GatedNetwork, GatedPair
+from gan.losses import condition_of, paired_input
 from gan.norm_statistics import recompute_statistics
 from gan.plans import Plan
 from gan.surrogate import Surrogate, cautious
@@ -39,8 +40,9 @@ class Yardstick:
 
     Args:
         generator: dense, in evaluation mode.
-        discriminator: dense, in evaluation mode; it sees input and image stacked.
-        pairs: the images.
+        discriminator: dense, in evaluation mode; it sees input and image stacked, or the image alone.
+        pairs: the images. Where the task has no pairs, each input and the image that was drawn for it: no
+            output is held against its own target, only margins and the distribution of all.
         extractor: image → feature vector.
     """
 
@@ -60,7 +62,8 @@ class Yardstick:
         self.dense_to_real = self.to_real.mmd2(self.features)
         self.feature_spread = float((self.features - self.features.mean(0)).norm(dim=1).mean())
         self.discriminator = discriminator
-        self._real = paired_input(self.inputs, self.targets)
+        self._condition = condition_of(discriminator, self.inputs, self.targets.shape[1])
+        self._real = paired_input(self._condition, self.targets)
         self.real_logits = run_batched(discriminator, self._real)
         self.fake_logits = self.judge(self.outputs)
 
@@ -91,7 +94,7 @@ class Yardstick:
 
     def judge(self, outputs: Tensor) -> Tensor:
         """Logits of the dense discriminator on a generator's outputs."""
-        return run_batched(self.discriminator, paired_input(self.inputs, outputs))
+        return run_batched(self.discriminator, paired_input(self._condition, outputs))
 
     def logits_on_real(self, discriminator: nn.Module) -> Tensor:
         """Logits of a pruned discriminator on the real images."""
@@ -114,7 +117,7 @@ class Yardstick:
         """
         on_real = self.logits_on_real(discriminator) if on_real is None else on_real
         judged = self.judge(outputs) if judged is None else judged
-        fake = run_batched(discriminator, paired_input(self.inputs, outputs))
+        fake = run_batched(discriminator, paired_input(self._condition, outputs))
         return balance_gap(self.real_logits, self.fake_logits, judged, on_real, fake)
 
 
@@ -235,6 +238,19 @@ class Scorer:
     def elastic(self, agent: str) -> ElasticNetwork:
         """The weights that slices of one network come from."""
         return self._agents[agent].elastic
+
+    def gated(self) -> GatedPair:
+        """The networks with gates on their channels, for a search by gradients; see :mod:`gan.gates`."""
+        generator, discriminator = (GatedNetwork(held.elastic) for held in self._agents.values())
+        yardstick = self.yardstick
+        return GatedPair(
+            generator,
+            discriminator,
+            inputs=yardstick.inputs,
+            condition=condition_of(yardstick.discriminator, yardstick.inputs, yardstick.outputs.shape[1]),
+            outputs=yardstick.outputs,
+            neighbours=yardstick.neighbourhoods.neighbours,
+        )
 
     def slice(self, agent: str, widths: Sequence[int], shared: bool = False) -> nn.Module:
         """A slice with its own BatchNorm statistics: what is scored, and what finetuning starts from."""

@@ -13,25 +13,30 @@ from torch import Tensor, nn
 
 from gan.checkpoints import load_network, load_tensors, save_tensors, tensors_hash
 from gan.cost import DEFAULT_COST, CostKind, CostModel, build_cost_model
-from gan.data import SPLITS, PairedImages, embedded_pairs
+from gan.cyclegan import CycleOptions, Direction, OneWayTrainer, cycle_finetuner
+from gan.data import SPLITS, PairedImages, embedded_pairs, embedded_unpaired
+from gan.distillation import NO_INGREDIENTS, DensePair, Ingredients
 from gan.elastic import ElasticNetwork, order_channels
 from gan.errors import UserError, unknown
 from gan.features import load_extractor
 from gan.files import file_hash
+from gan.folders import Preprocess
 from gan.groups import ChannelGroup, find_groups
 from gan.latency import LatencyTable, measure_latency
-from gan.losses import paired_input
+from gan.losses import AdversarialKind, condition_of, paired_input
 from gan.networks import Architecture
 from gan.norm_statistics import recompute_statistics
+from gan.own_task import AGENTS, TASK_FILE, OwnTask, find_task_folder, load_own_task
 from gan.plans import Plan
 from gan.runtime import bfloat16_pays
 from gan.scoring import FORMULAS, PairAgent, Scorer, Yardstick, run_batched
 from gan.slicing import Slicer
 from gan.surrogate import Scope, Surrogate, load_surrogate
+from gan.training import Lessons, PairedTrainer, TrainingOptions, finetuner
 
 Start = Literal["elastic", "dense"]
-AGENTS = ("generator", "discriminator")
 ASSETS = Path(__file__).parent / "assets"
+ELASTIC = "elastic.safetensors"
 
 
 @dataclass(frozen=True)
@@ -42,12 +47,16 @@ class TaskRecipe:
         about: one line for the user.
         images: name of its pairs in ``gan.data.embedded_pairs``.
         generator, discriminator: the dense networks.
+        direction: which way of an unpaired translator this is; None where the images are paired.
+        folder: of its networks in the assets, where that is not the task's name.
     """
 
     about: str
     images: str
     generator: Architecture
     discriminator: Architecture
+    direction: Direction | None = None
+    folder: str | None = None
 
 
 _PATCH_GAN = Architecture("basic", in_channels=6, out_channels=1, base_width=32)
@@ -66,6 +75,27 @@ TASKS: dict[str, TaskRecipe] = {
     ),
 }
 """Embedded task → what it is made of."""
+_CYCLE_GAN = (
+    Architecture("unet_64", base_width=16, norm="instance"),
+    # Two halvings: logits of 34 × 34 pixels. One of 70 × 70 would see whole images, and remember them.
+    Architecture("n_layers", in_channels=3, out_channels=1, base_width=32, norm="instance", layers=2),
+)
+UNPAIRED_TASKS: dict[str, TaskRecipe] = {
+    "noto2twemoji": TaskRecipe(
+        "CycleGAN, 64 × 64: Noto emoji → Twemoji, unpaired, U-Nets",
+        "noto2twemoji",
+        *_CYCLE_GAN,
+        direction="A",
+    ),
+    "twemoji2noto": TaskRecipe(
+        "the way back of the same translator: Twemoji → Noto emoji",
+        "noto2twemoji",
+        *_CYCLE_GAN,
+        direction="B",
+        folder="noto2twemoji",
+    ),
+}
+"""Embedded task without pairs → what it is made of; both ways of one translator were trained together."""
 STATISTICS_IMAGES = 64
 """Train images behind the BatchNorm statistics of a slice."""
 MULTIPLES = {"generator": 4, "discriminator": 2}
@@ -78,7 +108,7 @@ class Task:
     """A dense pair, its images and what is needed to prune it.
 
     Attributes:
-        name: key of ``TASKS``.
+        name: key of ``TASKS``, or the name of the user's image folder.
         networks: agent → dense network, in evaluation mode; read-only.
         architectures: agent → how to build it.
         groups: agent → channel groups in forward order.
@@ -87,6 +117,12 @@ class Task:
         elastic_path: elastic weights that come with the task, or None.
         surrogate_path: predictions of finetuned results that come with them, or None.
         latency: agent → measured table of its latency, or None: then there is no cost ``latency`` yet.
+        folder: task folder of a user's own pair, absolute; None for embedded tasks.
+        preprocess: how its images got to their size.
+        adversarial: the loss that the pair was trained with.
+        back: the dense generator of the way back, which closes the cycle; None where images are paired.
+            Without pairs, train and val hold each input beside an image that was drawn once; test holds it
+            beside its true counterpart.
     """
 
     name: str
@@ -100,6 +136,15 @@ class Task:
     elastic_path: Path | None
     surrogate_path: Path | None = None
     latency: Mapping[str, LatencyTable] | None = None
+    folder: Path | None = None
+    preprocess: Preprocess | None = None
+    adversarial: AdversarialKind = "vanilla"
+    back: nn.Module | None = None
+
+    @property
+    def reference(self) -> str:
+        """What :func:`load_task` loads this task by."""
+        return self.name if self.folder is None else str(self.folder)
 
     @property
     def device(self) -> torch.device:
@@ -112,8 +157,15 @@ class Task:
 
     def example(self, agent: str) -> Tensor:
         """One input of the network, (1, C, H, W)."""
-        image = torch.zeros(1, *self.val.inputs.shape[1:], device=self.device)
-        return image if agent == "generator" else paired_input(image, image)
+        pairs = (self.val.inputs, self.val.targets)
+        image, target = (torch.zeros(1, *images.shape[1:], device=self.device) for images in pairs)
+        if agent == "generator":
+            return image
+        return paired_input(self._condition(image), target)
+
+    def _condition(self, inputs: Tensor) -> Tensor:
+        """What the discriminator is told of the inputs."""
+        return condition_of(self.networks["discriminator"], inputs, self.val.targets.shape[1])
 
     def cost_model(self, agent: str) -> CostModel:
         """What widths of one network cost; with latency where it has been measured."""
@@ -217,6 +269,38 @@ class Task:
             surrogate=surrogate,
         )
 
+    def finetuner(
+        self,
+        generator: nn.Module,
+        discriminator: nn.Module,
+        teacher: nn.Module | Lessons,
+        options: TrainingOptions | CycleOptions,
+        ingredients: Ingredients = NO_INGREDIENTS,
+        dense: DensePair | None = None,
+    ) -> PairedTrainer | OneWayTrainer:
+        """The trainer of a pruned pair, ready to fit on copies of its networks.
+
+        Args:
+            generator, discriminator: the pruned pair.
+            teacher: the dense generator, or its lessons.
+            options: paired ones, or cycle ones where the task has no pairs.
+            ingredients: what paired training adds; most need ``dense``.
+            dense: the dense pair.
+
+        Raises:
+            UserError: ingredients for a task without pairs.
+        """
+        if self.back is None:
+            assert isinstance(options, TrainingOptions)
+            return finetuner(generator, discriminator, teacher, options, ingredients, dense)
+        assert isinstance(options, CycleOptions)
+        if ingredients != NO_INGREDIENTS:
+            raise UserError(
+                f"ingredients of finetuning need pairs; task {self.name!r} has none: leave their options out"
+            )
+        taught_by = teacher.teacher if isinstance(teacher, Lessons) else teacher
+        return cycle_finetuner(generator, discriminator, self.back, taught_by, options)
+
     def cut(self, weights: Mapping[str, ElasticNetwork], plan: Plan) -> tuple[nn.Module, nn.Module]:
         """The networks of a plan, cut out for real, with BatchNorm statistics of their own."""
         shown = self.statistics_inputs()
@@ -231,33 +315,94 @@ class Task:
         half = slice(0, None, 2)  # as many images as the generator sees, half of them made
         condition, target = inputs[half], targets[half]
         made = run_batched(self.networks["generator"], condition)
+        told = self._condition(condition)
         return {
             "generator": inputs,
-            "discriminator": torch.cat([paired_input(condition, target), paired_input(condition, made)]),
+            "discriminator": torch.cat([paired_input(told, target), paired_input(told, made)]),
         }
+
+
+def own_task(own: OwnTask, device: str = "cpu", folder: Path | None = None) -> Task:
+    """A user's own pair and images as a task.
+
+    Args:
+        own: as made or loaded.
+        device: where the networks run.
+        folder: where it lies, once it is written; elastic weights are looked for there and in its run.
+    """
+    networks = {agent: network.to(device) for agent, network in own.networks.items()}
+    channels = own.reading.channels
+    seen = {"generator": channels[0], "discriminator": sum(channels)}
+    size = own.images.val.inputs.shape[-2:]
+    places = [] if folder is None else [folder / ELASTIC, folder.parent / ELASTIC]
+    return Task(
+        own.name,
+        networks,
+        own.architectures,
+        {
+            agent: find_groups(network, [torch.zeros(1, seen[agent], *size, device=device)])
+            for agent, network in networks.items()
+        },
+        own.images.train,
+        own.images.val,
+        own.images.test,
+        own.multiples,
+        next((path for path in places if path.is_file()), None),
+        folder=None if folder is None else folder.resolve(),
+        preprocess=own.reading.preprocess,
+        adversarial=own.adversarial,
+    )
+
+
+def embedded_images(recipe: TaskRecipe) -> tuple[PairedImages, PairedImages, PairedImages]:
+    """Train, val and test images of an embedded task; without pairs, only test knows true counterparts."""
+    if recipe.direction is None:
+        train, val, test = (embedded_pairs(recipe.images, split) for split in SPLITS)
+        return train, val, test
+    domains = embedded_unpaired(recipe.images, "train"), embedded_unpaired(recipe.images, "val")
+    test = embedded_pairs(recipe.images, "test")
+    if recipe.direction == "B":
+        domains, test = (domains[0].swapped(), domains[1].swapped()), test.swapped()
+    return domains[0].drawn(), domains[1].drawn(), test
 
 
 @cache
 def load_task(name: str = "edges2emoji", device: str = "cpu") -> Task:
-    """A named task, with its pretrained pair.
+    """A named task with its pretrained pair, or a user's own.
+
+    Args:
+        name: key of ``TASKS`` or ``UNPAIRED_TASKS``; or a task folder, or the folder of a run with networks
+            of the user's.
+        device: where the networks run.
 
     Raises:
         UserError: unknown name, or weight files that are missing or damaged.
     """
-    if name not in TASKS:
-        raise unknown("task", name, TASKS)
-    folder = ASSETS / name
+    known = TASKS | UNPAIRED_TASKS
+    if name not in known:
+        if (own := find_task_folder(name)) is not None:
+            return own_task(load_own_task(own), device, own)
+        if Path(name).is_dir():
+            raise UserError(f"{name} is no task folder (it has no {TASK_FILE}): make_task.py writes one")
+        raise unknown("task", name, known)
+    recipe = known[name]
+    folder = ASSETS / (recipe.folder or name)
+    way = "" if recipe.direction is None else f"_{recipe.direction}"
     networks, architectures, groups = {}, {}, {}
-    train, val, test = (embedded_pairs(TASKS[name].images, split) for split in SPLITS)
+    train, val, test = embedded_images(recipe)
     for agent in AGENTS:
-        network, architecture, _ = load_network(folder / f"{agent}.safetensors")
+        network, architecture, _ = load_network(folder / f"{agent}{way}.safetensors")
         network = network.to(device).requires_grad_(False)
         example = torch.zeros(1, architecture.in_channels, *val.inputs.shape[-2:], device=device)
         networks[agent], architectures[agent] = network, architecture
         groups[agent] = find_groups(network, [example])
-    elastic = folder / "elastic.safetensors"
+    back = None
+    if recipe.direction is not None:
+        other = "B" if recipe.direction == "A" else "A"
+        back = load_network(folder / f"generator_{other}.safetensors")[0].to(device).requires_grad_(False)
+    elastic = folder / f"elastic{way}.safetensors"
     found = elastic if elastic.is_file() else None
-    surrogate = folder / "surrogate.json"
+    surrogate = folder / f"surrogate{way}.json"
     return Task(
         name,
         networks,
@@ -269,6 +414,8 @@ def load_task(name: str = "edges2emoji", device: str = "cpu") -> Task:
         MULTIPLES,
         found,
         surrogate if surrogate.is_file() else None,
+        adversarial="vanilla" if back is None else "lsgan",
+        back=back,
     )
 
 

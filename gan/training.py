@@ -1,10 +1,8 @@
-"""One loop for pretraining and finetuning paired translators."""
+"""Pretraining and finetuning of paired translators."""
 
 from __future__ import annotations
 
 import copy
-import math
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,63 +25,19 @@ from gan.distillation import (
     recorded,
     some_places,
 )
-from gan.errors import UserError, unknown
-from gan.losses import AdversarialKind, discriminator_loss, generator_loss, output_distillation, paired_input
-from gan.norm_statistics import cumulative_statistics
-
-
-@dataclass(frozen=True)
-class TrainingOptions:
-    """Options of the loop; the defaults are those of Pix2Pix (Isola et al. 2017) where it has any."""
-
-    epochs: int = 40
-    """Passes over the training images."""
-    batch_size: int = 16
-    """Pairs per step; 16 keeps BatchNorm's statistics steady."""
-    learning_rate: float = 2e-4
-    """Of Adam, for the generator."""
-    discriminator_rate: float = 0.5
-    """The discriminator's learning rate as a share of that: on a thousand images it wins too soon."""
-    jitter: float = 0.2
-    """Strength of the colour augmentation of what the discriminator sees."""
-    decay_from: float = 0.5
-    """Share of the training after which the learning rate falls linearly to 0."""
-    adversarial: AdversarialKind = "vanilla"
-    """Loss of the pair."""
-    l1: float = 100.0
-    """Weight of the image distance to the target, beside the adversarial loss."""
-    distillation: float = 0.0
-    """Weight of the image distance to the dense generator's output."""
-    ema: float = 0.998
-    """Decay per step of the averaged generator, which is the result."""
-    shift: int = 6
-    """Largest shift of the augmentation, in pixels."""
-    seed: int = 0
-    """Of order, augmentation and dropout."""
-    seconds: float | None = None
-    """Train for this long instead of for ``epochs``."""
-    amp: bool = False
-    """Run the networks in bfloat16; losses and weights stay float32. See ``gan.runtime.bfloat16_pays``."""
-
-
-@dataclass(frozen=True)
-class TrainingProgress:
-    """Where a training is.
-
-    Attributes:
-        epoch: passes done.
-        share: of the whole training, in [0, 1].
-        losses: mean of each loss over the last epoch.
-        seconds: since the start.
-        margins: the discriminator's margin in each step of the last epoch: its mean logit on real images
-            minus that on made ones.
-    """
-
-    epoch: int
-    share: float
-    losses: dict[str, float]
-    seconds: float
-    margins: tuple[float, ...] = ()
+from gan.loop import (
+    Critic,
+    LoopOptions,
+    Trainer,
+    TrainingProgress,
+    adam,
+    average_into,
+    run_network,
+    set_rate,
+    trainable_copy,
+    with_statistics,
+)
+from gan.losses import output_distillation
 
 
 class Lessons:
@@ -122,111 +76,15 @@ class Lessons:
         return outputs
 
 
-def colour_jitter(images: Tensor, strength: float, random: torch.Generator) -> Tensor:
-    """Brightness, saturation and contrast of each image (N, 3, H, W) changed at random, differentiably.
+@dataclass(frozen=True)
+class TrainingOptions(LoopOptions):
+    """Options of paired training; the defaults are those of Pix2Pix (Isola et al. 2017) where it has any."""
 
-    Real and made images alike, so that the discriminator learns on more than it can memorise: Zhao et al.,
-    "Differentiable Augmentation for Data-Efficient GAN Training", NeurIPS 2020.
-    """
-    draws = (2 * torch.rand(3, len(images), 1, 1, 1, generator=random) - 1).to(images.device) * strength
-    images = images + draws[0]
-    grey = images.mean(1, keepdim=True)
-    images = grey + (images - grey) * (1 + 2 * draws[1])
-    mean = images.mean((1, 2, 3), keepdim=True)
-    return mean + (images - mean) * (1 + draws[2])
+    l1: float = 100.0
+    """Weight of the image distance to the target, beside the adversarial loss."""
 
 
-CYCLES = 4
-"""Of the schedule with warm restarts: 1/15, 2/15, 4/15 and 8/15 of the training."""
-
-
-def rate_factor(schedule: str, share: float, decay_from: float = 0.5) -> float:
-    """The learning rate at a share of the training, as a share of the largest: in [0, 1].
-
-    ``linear`` is constant up to ``decay_from``, then falls to 0. ``cosine`` and ``restarts`` (cycles that
-    double in length): Loshchilov & Hutter, "SGDR: Stochastic Gradient Descent with Warm Restarts", ICLR 2017.
-    """
-    if schedule == "linear":
-        return min(1.0, (1.0 - share) / max(1e-9, 1.0 - decay_from))
-    if schedule == "restarts":
-        units = min(share, 1.0) * (2**CYCLES - 1)  # cycle i begins at 2^i − 1 units and takes 2^i
-        cycle = min(CYCLES - 1, int(math.log2(units + 1)))
-        share = (units - (2**cycle - 1)) / 2**cycle
-    elif schedule != "cosine":
-        raise unknown("schedule", schedule, ("linear", "cosine", "restarts"))
-    return 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
-
-
-def _adam(network: nn.Module) -> torch.optim.Adam:
-    return torch.optim.Adam(network.parameters(), betas=(0.5, 0.999), fused=True)
-
-
-def _set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    for group in optimizer.param_groups:
-        group["lr"] = rate
-
-
-class Critic:
-    """A discriminator in training: it learns, and it says how well it is fooled.
-
-    Args:
-        network: input and image stacked (N, 6, H, W) → patch logits; trained in place.
-        options: of the training.
-        random: of the colour jitter.
-    """
-
-    def __init__(self, network: nn.Module, options: TrainingOptions, random: torch.Generator) -> None:
-        self.network, self.options, self.random = network, options, random
-        self.optimizer = _adam(network)
-
-    def learn(self, inputs: Tensor, targets: Tensor, fake: Tensor, rate: float) -> tuple[Tensor, Tensor]:
-        """One update at a learning rate; returns the loss and the margin (0-d)."""
-        _set_rate(self.optimizer, rate)
-        self.network.requires_grad_(True)
-        real_logits = self._judge(inputs, targets)
-        fake_logits = self._judge(inputs, fake.detach())
-        loss = discriminator_loss(real_logits, fake_logits, self.options.adversarial)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
-        self.optimizer.step()
-        return loss.detach(), (real_logits.mean() - fake_logits.mean()).detach()
-
-    def fooled(self, inputs: Tensor, fake: Tensor) -> Tensor:
-        """The generator's loss (0-d) for its outputs; gradients reach the outputs alone."""
-        self.network.requires_grad_(False)  # spares the gradients of its kernels
-        return generator_loss(self._judge(inputs, fake), self.options.adversarial)
-
-    def _judge(self, inputs: Tensor, images: Tensor) -> Tensor:
-        """Logits of colour-jittered images."""
-        if self.options.jitter > 0:
-            images = colour_jitter(images, self.options.jitter, self.random)
-        return _run(self.network, paired_input(inputs, images), self.options.amp)
-
-    def state_dict(self) -> dict[str, Any]:
-        return {
-            "network": self.network.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "random": self.random.get_state(),
-        }
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.network.load_state_dict(state["network"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.random.set_state(state["random"].cpu())
-
-
-def _run(network: nn.Module, inputs: Tensor, amp: bool) -> Tensor:
-    with torch.autocast(inputs.device.type, torch.bfloat16, enabled=amp):
-        return network(inputs).float()
-
-
-def trainable_copy(network: nn.Module, amp: bool) -> nn.Module:
-    """A copy that can be trained, in the memory format that bfloat16 convolutions are quick in."""
-    network = copy.deepcopy(network).requires_grad_(True)
-    return network.to(memory_format=torch.channels_last) if amp else network
-
-
-class PairedTrainer:
+class PairedTrainer(Trainer[PairedImages, tuple[Tensor, Tensor, Tensor], nn.Module]):
     """Trains a generator and a paired discriminator, in place.
 
     With an online teacher the dense pair trains in the same steps with native losses, as another trainer, and
@@ -265,12 +123,13 @@ class PairedTrainer:
             teacher = dense.generator
         if options.distillation > 0 and teacher is None:
             raise ValueError("distillation needs a teacher: hand in the dense generator")
-        self.generator, self.options, self.ingredients = generator, options, ingredients
+        super().__init__(options, next(generator.parameters()).device)
+        self.options: TrainingOptions = options
+        self.schedule = ingredients.schedule
+        self.generator, self.ingredients = generator, ingredients
         self.lessons = Lessons(teacher, limit=0) if isinstance(teacher, nn.Module) else teacher
         self.averaged = copy.deepcopy(generator).eval().requires_grad_(False)
-        self.device = next(generator.parameters()).device
-        self.generator_optimizer = _adam(generator)
-        self.random = torch.Generator().manual_seed(options.seed)
+        self.generator_optimizer = adam(generator)
         self.critics = [Critic(discriminator, options, self.random)]
         self.online: PairedTrainer | None = None
         self.teacher: Teacher | None = None
@@ -281,11 +140,8 @@ class PairedTrainer:
         self.taps: tuple[str, ...] = ()
         if dense is not None:
             self._add(dense)
-        self.epoch = self.steps = 0
-        self.spent = 0.0
         self.made: Tensor | None = None
         self.maps: dict[str, Tensor] = {}
-        self.margins: list[Tensor] = []  # of this epoch's steps; tensors: no step waits for the device
 
     def _add(self, dense: DensePair) -> None:
         """What the ingredients need of the dense pair."""
@@ -306,7 +162,7 @@ class PairedTrainer:
                 options.seed,
             )
             if ingredients.features == "adapters":
-                self.adapter_optimizer = _adam(self.distance)
+                self.adapter_optimizer = adam(self.distance)
         if ingredients.online:
             native = replace(options, distillation=0.0, seed=options.seed + 2)
             self.online = PairedTrainer(
@@ -337,11 +193,7 @@ class PairedTrainer:
             "averaged": self.averaged.state_dict(),
             "generator_optimizer": self.generator_optimizer.state_dict(),
             "discriminator_optimizer": self.discriminator_optimizer.state_dict(),
-            "random": self.random.get_state(),
-            "torch_random": torch.get_rng_state(),
-            "epoch": self.epoch,
-            "steps": self.steps,
-            "spent": self.spent,
+            **self._progress(),
         }
         if len(self.critics) > 1:
             state["critics"] = [critic.state_dict() for critic in self.critics[1:]]
@@ -374,10 +226,7 @@ class PairedTrainer:
             self.adapter_optimizer.load_state_dict(state["adapter_optimizer"])
         if self.online is not None:
             self.online.load_state_dict(state["online"])
-        # Random states never leave the CPU, also when the file was read onto another device.
-        self.random.set_state(state["random"].cpu())
-        torch.set_rng_state(state["torch_random"].cpu())
-        self.epoch, self.steps, self.spent = state["epoch"], state["steps"], state["spent"]
+        self._restore_progress(state)
 
     def step(
         self, inputs: Tensor, targets: Tensor, learning_rate: float, rows: Tensor | None = None
@@ -390,14 +239,14 @@ class PairedTrainer:
             rows: (N,) rows of the training images; needed where the teacher's answers are remembered.
         """
         options, ingredients = self.options, self.ingredients
-        _set_rate(self.generator_optimizer, learning_rate)
+        set_rate(self.generator_optimizer, learning_rate)
         losses: dict[str, Tensor] = {}
         if self.online is not None:
             online = self.online.step(inputs, targets, learning_rate * ingredients.online_rate)
             losses |= {f"online {name}": value for name, value in online.items()}
             self.online.steps += 1
         with recorded(self.generator, self.taps) as maps:
-            fake = _run(self.generator, inputs, options.amp)
+            fake = run_network(self.generator, inputs, options.amp)
         self.made = fake.detach()
         self.maps = {name: value.detach() for name, value in maps.items()}
 
@@ -438,11 +287,11 @@ class PairedTrainer:
         loss.backward()
         self.generator_optimizer.step()
         if self.adapter_optimizer is not None:
-            _set_rate(self.adapter_optimizer, learning_rate)
+            set_rate(self.adapter_optimizer, learning_rate)
             self.adapter_optimizer.step()
         for critic in self.critics:
             critic.network.requires_grad_(True)
-        self._average()
+        average_into(self.averaged, self.generator, options.ema, self.steps)
         return losses
 
     def _lesson(self, inputs: Tensor, rows: Tensor | None) -> Lesson | None:
@@ -462,19 +311,6 @@ class PairedTrainer:
         if self.teacher is not None:
             return self.teacher(inputs, self.steps)
         return None if self.lessons is None else Lesson(self.lessons(self.steps, inputs), {}, self.steps)
-
-    def _average(self) -> None:
-        # A short warm-up of the decay: the average must not stay at the first weights in short trainings.
-        decay = min(self.options.ema, (1 + self.steps) / (10 + self.steps))
-        with torch.no_grad():
-            for mean, value in zip(self.averaged.parameters(), self.generator.parameters(), strict=True):
-                mean.lerp_(value, 1 - decay)
-
-    def _share(self, started: float, steps_per_epoch: int) -> float:
-        if self.options.seconds is not None:
-            return min(1.0, (self.spent + time.perf_counter() - started) / max(self.options.seconds, 1e-9))
-        steps = self.options.epochs * steps_per_epoch
-        return min(1.0, self.steps / steps) if steps > 0 else 1.0
 
     def _set_training(self, training: bool) -> None:
         self.generator.train(training)
@@ -496,72 +332,21 @@ class PairedTrainer:
             self.teacher.study(variant, moved.tensors()[0], options.batch_size)
         yield from batches(moved, options.batch_size, self.random, augmented=False)
 
-    def fit(
-        self, pairs: PairedImages, on_epoch: Callable[[TrainingProgress], bool | None] | None = None
-    ) -> nn.Module:
-        """Train to the end; returns the averaged generator, its statistics fresh, in evaluation mode.
+    def _steps_per_epoch(self, images: PairedImages) -> int:
+        return max(1, len(images) // min(self.options.batch_size, len(images)))
 
-        Args:
-            pairs: the training images.
-            on_epoch: called after each pass; may save :meth:`state_dict`; True ends the training. Its own
-                time does not count.
+    def _begin_epoch(self) -> None:
+        super()._begin_epoch()
+        if self.online is not None:
+            self.online.margins.clear()
 
-        Raises:
-            UserError: when a loss is no longer finite.
-        """
-        options = self.options
-        per_epoch = max(1, len(pairs) // min(options.batch_size, len(pairs)))
-        started = time.perf_counter()
-        while (share := self._share(started, per_epoch)) < 1.0:
-            self._set_training(True)
-            sums: dict[str, Tensor] = {}
-            done = 0
-            self.margins.clear()
-            if self.online is not None:
-                self.online.margins.clear()
-            for inputs, targets, rows in self._epoch(pairs):
-                share = self._share(started, per_epoch)
-                if share >= 1.0:
-                    break
-                rate = options.learning_rate * rate_factor(
-                    self.ingredients.schedule, share, options.decay_from
-                )
-                losses = self.step(inputs.to(self.device), targets.to(self.device), rate, rows)
-                self.steps += 1
-                done += 1
-                for name, value in losses.items():
-                    sums[name] = sums.get(name, torch.zeros_like(value)) + value
-            self.epoch += 1
-            means = {name: float(value) / max(1, done) for name, value in sums.items()}
-            bad = [name for name, value in means.items() if not math.isfinite(value)]
-            if bad:
-                raise UserError(
-                    f"the {' and '.join(bad)} loss is no longer finite after {self.steps} steps at a "
-                    f"learning rate of {options.learning_rate:g}; train with a smaller one"
-                )
-            if on_epoch is not None:
-                now = time.perf_counter()
-                self.spent += now - started
-                margins = tuple(torch.stack(self.margins).tolist()) if self.margins else ()
-                share = self._share(now, per_epoch)
-                stop = on_epoch(TrainingProgress(self.epoch, share, means, self.spent, margins))
-                started = time.perf_counter()
-                if stop is True:
-                    break
-        self._set_training(False)
-        return self.result(pairs)
+    def _learn(self, batch: tuple[Tensor, Tensor, Tensor], rate: float) -> dict[str, Tensor]:
+        inputs, targets, rows = batch
+        return self.step(inputs.to(self.device), targets.to(self.device), rate, rows)
 
-    def result(self, pairs: PairedImages, images: int = 512) -> nn.Module:
-        """A copy of the averaged generator with BatchNorm statistics of ``images`` training inputs.
-
-        Averaged weights need their own statistics; those of the trained network do not fit them.
-        """
-        network = copy.deepcopy(self.averaged)
-        inputs, _ = pairs.take(images).tensors()
-        with cumulative_statistics(network):
-            for chunk in inputs.split(64):
-                network(chunk.to(self.device))
-        return network
+    def result(self, images: PairedImages, count: int = 512) -> nn.Module:
+        """A copy of the averaged generator with BatchNorm statistics of ``count`` training inputs."""
+        return with_statistics(self.averaged, images.take(count).tensors()[0])
 
     def pair(self, result: nn.Module) -> tuple[nn.Module, nn.Module]:
         """What a finetuning hands out: the result of :meth:`fit` and the discriminator, ready to use."""

@@ -11,6 +11,7 @@ from gymnasium.utils.env_checker import check_env
 
 import envs
 from envs.budget import Budget
+from envs.observations import STATE_FIELDS
 from envs.toy import ToyScorer, toy_scorer
 from gan.errors import UserError
 from gan.evaluations import EvaluationLog
@@ -92,3 +93,42 @@ def test_registered_ids(asked: list[Any]) -> None:
         assert (terminated, truncated) == (False, False)
     assert toy.unwrapped.pruning.reward == "final"  # type: ignore[attr-defined]
     check_env(toy.unwrapped)
+
+
+def test_both_directions_of_a_translator_are_four_agents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each direction has its own scorer; a team of four is paid the mean of both."""
+    import gan.two_way
+
+    class Both:
+        networks: ClassVar = dict.fromkeys(gan.two_way.FOUR_AGENTS)
+
+        def surrogate(self, *_: object) -> None:
+            return None
+
+        def scorer(self, **_: object) -> gan.two_way.TwoWayScorer:
+            return gan.two_way.TwoWayScorer({"A": toy_scorer(), "B": toy_scorer()})
+
+    monkeypatch.setattr(gan.two_way, "load_two_way", lambda name: Both())
+    env = envs.make_env("noto_and_twemoji", budget="0.2")
+    env.reset(seed=0)
+    assert tuple(env.possible_agents) == gan.two_way.FOUR_AGENTS
+    total, shapes = 0.0, set()
+    while env.agents:
+        observations, rewards, _, _, infos = env.step({agent: np.array([0.5]) for agent in env.agents})
+        total += rewards["generator_A"]
+        shapes |= {row.shape for row in observations.values()}
+    assert len(shapes) == 1
+    assert total == pytest.approx(infos["generator_A"]["potential"])
+    slots = [field.name for field in STATE_FIELDS if field.name.endswith(".mask")]
+    state = dict(zip((field.name for field in STATE_FIELDS), env.state(), strict=True))
+    assert [state[name] for name in slots] == [1, 1, 1, 1]
+
+
+def test_parts_can_be_taken_away(asked: list[Any]) -> None:
+    for env in (
+        envs.make_env("pairs", feedback=False, held=("discriminator",)),
+        envs.toy_env(feedback=False, held=("discriminator",)),
+        envs.make_joint_env(task="pairs", feedback=False, held=("discriminator",)).pruning,
+    ):
+        assert (env.feedback, env.held) == (False, frozenset({"discriminator"}))
+    assert (envs.toy_env().feedback, envs.toy_env().held) == (True, frozenset())

@@ -10,6 +10,7 @@ from pettingzoo.test import api_test, parallel_api_test
 from pettingzoo.utils import parallel_to_aec
 
 from envs.budget import Budget, keep_ratio, random_proportions
+from envs.observations import LOCAL_FIELDS
 from envs.pruning_env import PruningEnv, peer_of
 from envs.records import Episode, Evaluation
 from envs.rewards import Weights
@@ -388,3 +389,59 @@ def test_wrong_options_are_refused(make: MakeEnv) -> None:
 def test_peers() -> None:
     assert peer_of("generator") == "discriminator"
     assert peer_of("discriminator_B") == "generator_B"
+
+
+# --- what can be taken away ---------------------------------------------------------------------------
+
+PEER = [i for i, field in enumerate(LOCAL_FIELDS) if "peer" in field.name or "feedback" in field.name]
+
+
+@pytest.mark.parametrize("reward", ["step", "final"])
+def test_without_feedback_agents_see_nothing_of_their_peer(make: MakeEnv, reward: str) -> None:
+    told, untold = (make(reward=reward, feedback=feedback) for feedback in (True, False))
+    first, second = (run_episode(env, np.random.default_rng(3), seed=0) for env in (told, untold))
+    assert len(first) == len(second)
+    own = [i for i in range(len(LOCAL_FIELDS)) if i not in PEER]
+    hidden = 0.0
+    for one, other in zip(first, second, strict=True):
+        for agent in told.possible_agents:
+            assert not other[0][agent][PEER].any()
+            np.testing.assert_array_equal(one[0][agent][own], other[0][agent][own])
+            hidden += float(np.abs(one[0][agent][PEER]).sum())
+        assert_same(one[1:], other[1:])  # rewards, infos and the critic's state
+    assert hidden > 0
+
+
+@pytest.mark.parametrize("agent", ["generator", "discriminator"])
+def test_held_networks_stay_uniform(make: MakeEnv, agent: str) -> None:
+    env, free = make(held=(agent,)), make()
+    rng = np.random.default_rng(0)
+    run_episode(env, rng)
+    uniform = env.uniform_plan()
+    other = next(name for name in env.possible_agents if name != agent)
+    assert env.plan[agent] == uniform[agent]
+    assert env.plan[other] != uniform[other]
+    proportions = {name: random_proportions(net, rng) for name, net in env.scorer.networks.items()}
+    plan, wanted = env.plan_from_proportions(proportions), free.plan_from_proportions(proportions)
+    assert (plan[agent], plan[other]) == (uniform[agent], wanted[other])
+    assert env.evaluate(wanted) == env.evaluate(plan)
+    assert env.evaluate(wanted).plan == plan != wanted
+
+
+def test_a_held_agents_action_counts_as_0(make: MakeEnv) -> None:
+    env, free = make(held=("discriminator",)), make()
+    env.reset(seed=0)
+    free.reset(seed=0)
+    while env.agents:
+        one = env.step({"generator": np.array([0.7]), "discriminator": np.array([-0.9])})
+        other = free.step({"generator": np.array([0.7]), "discriminator": np.array([0.0])})
+        assert_same(one, other)
+
+
+@pytest.mark.parametrize(
+    ("held", "sentence"),
+    [(("critic",), "unknown agent to hold"), (("generator", "discriminator"), "leave one free")],
+)
+def test_held_agents_exist_and_are_not_all(make: MakeEnv, held: tuple[str, ...], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        make(held=held)

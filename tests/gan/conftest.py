@@ -46,9 +46,11 @@ def tiny_generator(seed: int = 0, widths: Sequence[int] = GENERATOR_WIDTHS) -> n
     return randomise(UnetGenerator(3, 3, tuple(widths), "batch", False), seed)
 
 
-def tiny_discriminator(seed: int = 1, widths: Sequence[int] = DISCRIMINATOR_WIDTHS) -> nn.Module:
+def tiny_discriminator(
+    seed: int = 1, widths: Sequence[int] = DISCRIMINATOR_WIDTHS, in_channels: int = 6
+) -> nn.Module:
     """Two groups; (N, 6, 8, 8) → (N, 1, 2, 2)."""
-    return randomise(PatchDiscriminator(6, tuple(widths), "batch"), seed)
+    return randomise(PatchDiscriminator(in_channels, tuple(widths), "batch"), seed)
 
 
 def tiny_pairs(count: int, seed: int = 0) -> PairedImages:

@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import nn
 
-from gan.cost import CostModel, build_cost_model
+from gan.cost import CostModel, build_cost_model, published_macs
 from gan.groups import find_groups
 from gan.networks import Architecture
 from gan.slicing import Slicer
@@ -69,6 +69,22 @@ def test_true_macs_at_256_pixels(architecture, giga):
     none = np.zeros(0, dtype=np.int64)
     assert round(float(cost.macs(none)) / 1e9, 2) == giga
     assert cost.params(none) == sum(p.numel() for p in network.parameters())
+
+
+@pytest.mark.parametrize(
+    ("architecture", "giga"),
+    [(Architecture("unet_256"), 18.14), (Architecture("resnet_9blocks", norm="instance"), 56.80)],
+    ids=["unet_256", "resnet_9blocks"],
+)
+def test_macs_as_papers_count_them(architecture, giga):
+    """Published: 18.6 G, with the outermost level twice, and 56.8 G."""
+    with torch.device("meta"):
+        network, image = architecture.build().eval(), torch.zeros(1, 3, 256, 256)
+    assert round(published_macs(network, [image]) / 1e9, 2) == giga
+    first, last = (network.model.model[place] for place in (0, 3)) if "unet" in architecture.name else (0, 0)
+    if first:
+        outermost = first.weight.numel() * 128**2 + last.weight.numel() * 256**2
+        assert round((published_macs(network, [image]) + outermost) / 1e9, 1) == 18.6
 
 
 @pytest.fixture

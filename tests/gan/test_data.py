@@ -10,7 +10,19 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from gan.data import SPLITS, PairedImages, augment, batches, embedded_pairs, to_float, to_uint8
+from gan.data import (
+    SPLITS,
+    PairedImages,
+    UnpairedImages,
+    augment,
+    augment_alone,
+    batches,
+    embedded_pairs,
+    embedded_unpaired,
+    to_float,
+    to_uint8,
+    unpaired_batches,
+)
 from gan.errors import UserError
 from tests.gan.conftest import random, tiny_pairs
 
@@ -188,3 +200,84 @@ def test_batches_depend_on_their_generator_alone():
     )
     assert torch.equal(first, again)
     assert not torch.equal(first, other)
+
+
+def test_noto_and_twemoji_are_the_same_emoji_in_two_drawings():
+    edges, drawings = (embedded_pairs(task, "test") for task in ("edges2emoji", "noto2twemoji"))
+    assert torch.equal(edges.targets, drawings.inputs)
+    assert edges.names == drawings.names
+    inputs, targets = drawings.tensors()
+    own, others = ((inputs - targets.roll(by, 0)).abs().mean() for by in (0, 1))
+    assert float(own) < 0.7 * float(others)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_without_their_pairing_no_drawing_stands_beside_its_counterpart(split):
+    pairs, images = embedded_pairs("noto2twemoji", split), embedded_unpaired("noto2twemoji", split)
+    assert torch.equal(images.first, pairs.inputs)
+    assert images.first_names == pairs.names
+    assert sorted(images.second_names) == sorted(pairs.names)
+    assert all(a != b for a, b in zip(images.first_names, images.second_names, strict=True))
+    places = [pairs.names.index(name) for name in images.second_names]
+    assert torch.equal(images.second, pairs.targets[places])
+
+
+def unpaired(first: int, second: int) -> UnpairedImages:
+    """The value of every pixel is the row, plus 100 in the second domain."""
+    a, b = numbered(first), numbered(second)
+    return UnpairedImages(a.inputs, b.targets, a.names, b.names)
+
+
+def test_unpaired_images_take_and_swap_each_domain():
+    images = unpaired(9, 4)
+    assert len(images) == len(images.swapped()) == 9
+    assert images.take(5).first_names == ("0", "2", "4", "6", "8")
+    assert images.take(5).second_names == ("0", "1", "2", "3")
+    assert torch.equal(images.take(None).second, images.second)
+    back = images.swapped()
+    assert torch.equal(back.first, images.second)
+    assert back.second_names == images.first_names
+    first, second = images.tensors()
+    assert torch.equal(first, to_float(images.first))
+    assert torch.equal(second, to_float(images.second))
+
+
+def test_unpaired_batches_show_the_larger_domain_once_and_the_smaller_one_evenly():
+    shown: tuple[list[int], list[int]] = ([], [])
+    for batch in unpaired_batches(unpaired(12, 5), 4, random()):
+        for images, seen in zip(batch, shown, strict=True):
+            assert images.shape == (4, 3, 8, 8)
+            seen += to_uint8(images)[:, 0, 0, 0].tolist()
+    assert sorted(shown[0]) == list(range(12))
+    assert sorted(shown[1][:5]) == sorted(shown[1][5:10]) == list(range(100, 105))
+    assert [value - 100 for value in shown[1]] != shown[0]
+
+
+def test_unpaired_images_are_augmented_apart():
+    images = torch.randint(0, 256, (64, 3, 8, 8), generator=random(), dtype=torch.uint8)
+    moved = augment_alone(images, 1, random(1))
+    assert torch.equal(moved, augment(images, images, 1, random(1))[0])
+    names = ("",) * 64
+    same = UnpairedImages(images, images, names, names)
+    batches_seen = list(unpaired_batches(same, 64, random(), shift=1))
+    (first, second) = batches_seen[0]
+    assert not torch.equal(first.sort(0).values, second.sort(0).values)
+
+
+def test_grey_images_are_augmented_too():
+    inputs = torch.arange(64, dtype=torch.uint8).reshape(1, 1, 8, 8)
+    grey, colour = augment(inputs, inputs.expand(1, 3, 8, 8), 1, random())
+    assert grey.shape == (1, 1, 8, 8)
+    assert torch.equal(colour, grey.expand(1, 3, 8, 8))
+
+
+def test_drawn_pairs_hold_all_of_both_domains():
+    pairs = unpaired(5, 3).drawn()
+    assert pairs.inputs[:, 0, 0, 0].tolist() == [0, 1, 2, 3, 4]
+    assert pairs.targets[:, 0, 0, 0].tolist() == [100, 101, 102, 100, 101]
+    assert pairs.names == ("0", "1", "2", "3", "4")
+    back = pairs.swapped()
+    assert torch.equal(back.inputs, pairs.targets)
+    domains = UnpairedImages.of(back)
+    assert torch.equal(domains.first, pairs.targets)
+    assert torch.equal(domains.second, pairs.inputs)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from gan.checkpoints import state_hash, tensors_hash
-from gan.data import PairedImages, to_uint8
+from gan.data import PairedImages, to_float, to_uint8
 from gan.elastic import (
     Adversary,
     ElasticNetwork,
@@ -272,3 +272,13 @@ def test_lessons_depend_on_their_seed(seed):
         torch.equal(a, b) for a, b in zip(lessons(options), lessons(replace(options, seed=seed)), strict=True)
     ]
     assert all(same) if seed == 0 else not any(same)
+
+
+def test_grey_inputs_stay_grey_beside_coloured_targets():
+    pairs = tiny_pairs(6)
+    grey = PairedImages(pairs.inputs[:, :1], pairs.targets, pairs.names)
+    inputs, targets = next(teaching_images(grey, ElasticOptions(batch_size=4, mixing=0.0, shift=0), random()))
+    assert inputs.shape == (4, 1, 8, 8)
+    assert targets.shape == (4, 3, 8, 8)
+    flat = to_float(grey.targets).sum((1, 2, 3))
+    assert all(bool(((value - flat).abs() < 1e-3).any()) for value in targets.sum((1, 2, 3)))

@@ -139,7 +139,12 @@ def test_torch_sees_the_same_patches(extractor, images):
     torch.testing.assert_close(patches.flatten(0, 1), look.patches, atol=2e-3, rtol=0)
 
 
-@pytest.mark.parametrize("shape", [(3, 64, 64), (2, 1, 64, 64), (0, 3, 64, 64)])
+def test_grey_images_are_seen_as_colour_images_of_equal_channels(extractor):
+    grey = torch.rand(2, 1, 64, 64, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    assert torch.equal(extractor(grey), extractor(grey.repeat(1, 3, 1, 1)))
+
+
+@pytest.mark.parametrize("shape", [(3, 64, 64), (2, 2, 64, 64), (0, 3, 64, 64)])
 def test_other_shapes_are_refused(extractor, shape):
     with pytest.raises(ValueError, match=r"takes \(N, 3, H, W\)"):
         extractor(torch.zeros(shape))

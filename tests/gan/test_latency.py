@@ -13,7 +13,6 @@ from gan.cost import CostModel, build_cost_model
 from gan.errors import UserError
 from gan.groups import CONVOLUTIONS, find_groups
 from gan.latency import (
-    Job,
     LatencyTable,
     LayerTable,
     calibrate,
@@ -22,11 +21,10 @@ from gan.latency import (
     monotone,
     random_widths,
     read_latency,
-    time_all,
-    time_once,
     write_latency,
 )
 from gan.networks import Architecture
+from gan.stopwatch import time_once
 from tests.gan.conftest import tiny_discriminator, tiny_generator
 
 IMAGE = torch.zeros(1, 3, 8, 8)
@@ -207,32 +205,6 @@ def test_layers_of_one_geometry_are_timed_once():
     assert clock.calls == 2 * (points + 2)  # one to warm up, one that counts; two whole networks
     dense = (table.layers[0].widths_in[-1], table.layers[-1].widths_out[-1])
     assert dense == (3, 3)
-
-
-def test_a_median_is_taken_over_visits_in_changing_order_on_one_thread():
-    seen: list[tuple[int, int]] = []
-    modules = [nn.Identity() for _ in range(6)]
-    clock = iter(range(10_000))
-
-    def timer(module: nn.Module, inputs: Sequence[Tensor]) -> float:
-        index = modules.index(module)
-        seen.append((index, torch.get_num_threads()))
-        return 1e6 if next(clock) % 13 == 0 else float(index)
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    try:
-        jobs = [Job(lambda module=module: module, (IMAGE,)) for module in modules]
-        times = time_all(jobs, timer, rounds=5, runs=3, seed=0)
-        assert torch.get_num_threads() == 2
-    finally:
-        torch.set_num_threads(before)
-    assert times.tolist() == [0, 1, 2, 3, 4, 5]
-    assert {threads for _, threads in seen} == {1}
-    visits = [index for index, _ in seen[::4]]
-    rounds = [visits[start : start + 6] for start in range(0, 30, 6)]
-    assert all(sorted(order) == list(range(6)) for order in rounds)
-    assert len(set(map(tuple, rounds))) > 1
 
 
 def test_calibration():

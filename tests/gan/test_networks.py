@@ -8,7 +8,18 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gan.errors import UserError
-from gan.networks import DISCRIMINATORS, GENERATORS, Architecture, UnetGenerator, initialise, make_norm
+from gan.groups import find_groups
+from gan.networks import (
+    DISCRIMINATORS,
+    GENERATORS,
+    Architecture,
+    ImageNorm2d,
+    UnetGenerator,
+    initialise,
+    make_norm,
+    with_image_statistics,
+)
+from gan.slicing import Slicer
 from tests.gan.conftest import random, randomise, tiny_generator
 
 UNET_256 = Architecture("unet_256")
@@ -240,3 +251,74 @@ def test_initialisation_depends_on_its_generator_alone():
 
     assert torch.equal(weights(3), weights(3))
     assert not torch.equal(weights(3), weights(4))
+
+
+@pytest.mark.parametrize(("name", "count"), [("unet_16", 7), ("unet_512", 17), ("resnet_4blocks", 9)])
+def test_other_depths_can_be_asked_for(name, count):
+    architecture = Architecture(name, base_width=2)
+    assert architecture.is_generator
+    assert len(architecture.dense_widths) == count
+    assert architecture.size_multiple == (int(name.removeprefix("unet_")) if "unet" in name else 4)
+
+
+@pytest.mark.parametrize("name", ["unet_60", "unet_2", "unet_", "resnet_0blocks", "resnet_blocks", "basic"])
+def test_names_of_no_generator(name):
+    assert not Architecture(name).is_generator
+
+
+def test_statistics_of_the_image_are_those_of_batch_norm_at_batch_size_1():
+    network = randomise(Architecture("unet_16", base_width=4).build())
+    own = with_image_statistics(network)
+    images = torch.randn(4, 3, 16, 16, generator=random())
+    with torch.no_grad():
+        before = network(images)
+        found = own(images)
+        network.train()
+        wanted = torch.cat([network(image[None]) for image in images])
+    torch.testing.assert_close(found, wanted)
+    assert not torch.allclose(found, before)
+    assert {name: value.shape for name, value in own.state_dict().items()} == {
+        name: value.shape for name, value in network.state_dict().items()
+    }
+    built = Architecture("unet_16", base_width=4, statistics="image").build().eval()
+    built.load_state_dict(own.state_dict())
+    assert torch.equal(built(images), found)
+
+
+def test_running_statistics_go_on_in_training_as_they_did():
+    """At batch size 1, where those checkpoints were trained."""
+    theirs, own = nn.BatchNorm2d(3).train(), ImageNorm2d(3).train()
+    for seed in range(3):
+        image = torch.randn(1, 3, 4, 4, generator=random(seed))
+        torch.testing.assert_close(own(image), theirs(image))
+    torch.testing.assert_close(own.running_mean, theirs.running_mean)
+    torch.testing.assert_close(own.running_var, theirs.running_var)
+
+
+def test_a_slice_with_statistics_of_the_image_is_the_masked_network():
+    network = randomise(Architecture("unet_16", base_width=4, statistics="image").build())
+    images = torch.randn(2, 3, 16, 16, generator=random())
+    groups = find_groups(network, [images[:1]])
+    assert [group.channels for group in groups] == [4, 8, 16, 32, 16, 8, 4]
+    widths = (2, 5, 9, 11, 7, 3, 4)
+    small = Slicer(network, groups).network(network.state_dict(), widths)
+    kept = {group.name: width for group, width in zip(groups, widths, strict=True)}
+
+    def mask(name: str, channels: int) -> None:
+        def cut(_module: nn.Module, _inputs: object, out: Tensor) -> Tensor:
+            return torch.cat([out[:, :channels], torch.zeros_like(out[:, channels:])], 1)
+
+        network.get_submodule(name).register_forward_hook(cut)
+
+    for group in groups:
+        norms = [
+            slot.module for slot in group.slots if isinstance(network.get_submodule(slot.module), ImageNorm2d)
+        ]
+        mask(norms[0] if norms else group.name, kept[group.name])
+    with torch.no_grad():
+        torch.testing.assert_close(small(images), network(images), rtol=1e-4, atol=1e-5)
+
+
+def test_unknown_statistics_are_refused():
+    with pytest.raises(UserError, match=r"unknown norm statistics 'batch'; known are image, running"):
+        Architecture("pixel", statistics="batch").build()  # type: ignore[arg-type]

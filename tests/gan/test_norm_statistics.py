@@ -82,3 +82,13 @@ def test_a_network_without_batch_norm_is_unchanged():
     before = state_hash(network)
     recompute_statistics(network, torch.zeros(2, 3, 4, 4))
     assert state_hash(network) == before
+
+
+def test_networks_without_batch_norm_are_not_even_run():
+    class Silent(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            raise AssertionError("it ran")
+
+    network = nn.Sequential(nn.InstanceNorm2d(3), Silent()).train()
+    assert recompute_statistics(network, torch.zeros(4, 3, 2, 2)) is network
+    assert not network.training

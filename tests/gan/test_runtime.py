@@ -4,7 +4,15 @@ import torch
 from torch.nn import functional as F
 
 from gan.errors import UserError
-from gan.runtime import BatchRunner, ConvGraph, require, session
+from gan.runtime import (
+    BatchRunner,
+    ConvGraph,
+    OnnxNetwork,
+    metadata_of,
+    require,
+    session,
+    with_metadata,
+)
 
 RNG = np.random.default_rng(0)
 WEIGHT = RNG.standard_normal((4, 3, 3, 3)).astype(np.float32)
@@ -56,3 +64,32 @@ def test_thread_and_batch_counts_are_checked(model):
         session(model, threads=0)
     with pytest.raises(ValueError, match="batch_size 0"):
         BatchRunner(model, threads=1, batch_size=0)
+
+
+def test_a_model_runs_as_a_module(model):
+    images = torch.randn(3, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    network = OnnxNetwork(model, threads=2).eval()
+    assert next(network.parameters()).device.type == "cpu"
+    torch.testing.assert_close(network(images), eager(images), atol=1e-5, rtol=1e-5)
+
+
+def test_metadata_is_added_to_what_is_there(model, tmp_path):
+    path = tmp_path / "model.onnx"
+    path.write_bytes(with_metadata(with_metadata(model, {"a": "1", "b": "2"}), {"b": "3"}))
+    assert metadata_of(path) == {"a": "1", "b": "3"}
+
+
+def test_operators_by_hand():
+    x = np.arange(16, dtype=np.float32).reshape(1, 1, 4, 4)
+    graph = ConvGraph()
+    padded = graph.pad("x", (1, 0, 0, 1), "reflect")
+    scaled = graph.scaled(padded, np.array([2.0], np.float32), np.array([1.0], np.float32))
+    made = session(graph.model("x", (1, 4, 4), scaled, (1, 5, 5))).run(None, {"x": x})[0]
+    expected = 2 * np.pad(x, ((0, 0), (0, 0), (0, 1), (1, 0)), mode="reflect") + 1
+    np.testing.assert_array_equal(made, expected)
+    graph = ConvGraph()
+    raised = graph.conv_transposed(
+        "x", np.ones((1, 1, 2, 2), np.float32), np.zeros(1, np.float32), (2, 2), (0, 0), (0, 0), 1
+    )
+    made = session(graph.model("x", (1, 4, 4), raised, (1, 8, 8))).run(None, {"x": x})[0]
+    np.testing.assert_array_equal(made[0, 0], np.kron(x[0, 0], np.ones((2, 2))))

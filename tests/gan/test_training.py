@@ -11,20 +11,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-import gan.training
+import gan.loop
 from gan.checkpoints import state_hash, tensors_hash
 from gan.data import PairedImages
 from gan.errors import UserError
+from gan.loop import TrainingProgress, colour_jitter, rate_factor
 from gan.networks import ResnetGenerator
 from gan.training import (
     FINETUNING,
     Lessons,
     PairedTrainer,
     TrainingOptions,
-    TrainingProgress,
-    colour_jitter,
     finetune,
-    rate_factor,
 )
 from tests.gan.conftest import random, tiny_discriminator, tiny_generator, tiny_pairs
 
@@ -154,7 +152,7 @@ def test_schedules_by_hand():
 
 def test_the_callback_may_end_a_training_and_its_time_does_not_count(monkeypatch):
     clock = [0.0]
-    monkeypatch.setattr(gan.training, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
+    monkeypatch.setattr(gan.loop, "time", SimpleNamespace(perf_counter=lambda: clock[0]))
     told: list[TrainingProgress] = []
 
     def on_epoch(progress: TrainingProgress) -> bool:
@@ -203,7 +201,7 @@ def test_a_loss_that_is_not_finite_is_a_sentence():
 def test_seconds_end_a_training(monkeypatch):
     """On a clock that moves by a second a look."""
     ticks = itertools.count()
-    monkeypatch.setattr(gan.training, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
+    monkeypatch.setattr(gan.loop, "time", SimpleNamespace(perf_counter=lambda: float(next(ticks))))
     told: list[TrainingProgress] = []
     trained = trainer(replace(OPTIONS, epochs=10**9, seconds=20.0))
     trained.fit(tiny_pairs(12), told.append)

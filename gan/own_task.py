@@ -1,0 +1,377 @@
+"""A user's own pair of checkpoints and folder of images: made from options once, then a folder that says all.
+
+A task folder holds ``task.json`` and both dense networks with their recipes, so that a run does not depend
+on ``latest_net_G.pth``, which the next training overwrites. Images stay where they are.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+
+from gan.checkpoints import load_network, save_network
+from gan.cost import build_cost_model, published_macs
+from gan.data import PairedImages, to_float
+from gan.errors import UserError, unknown
+from gan.files import file_hash, write_json
+from gan.folders import Direction, OddImages, PairedSplits, Preprocess, PreprocessKind, Reading, load_pairs
+from gan.losses import AdversarialKind
+from gan.networks import Architecture, StatisticsKind, unet_levels, with_image_statistics
+from gan.official import OfficialNetwork, check_pair, load_official
+
+AGENTS = ("generator", "discriminator")
+TASK_FILE = "task.json"
+USUAL_SIZE = 256
+"""Crop in pixels for generators that take any size."""
+JUDGED = 32
+"""Val images that the norm statistics are chosen on."""
+
+
+@dataclass(frozen=True)
+class OwnOptions:
+    """Your own networks and images, instead of --task."""
+
+    generator: Path | None = None
+    """Checkpoint of pytorch-CycleGAN-and-pix2pix, such as latest_net_G.pth; its options are inferred."""
+    discriminator: Path | None = None
+    """Its discriminator, such as latest_net_D.pth."""
+    data: Path | None = None
+    """Folder of images: train/ val/ test/ with A|B side by side, or trainA/ trainB/ testA/ testB/."""
+    direction: Direction = "AtoB"
+    """What the generator translates."""
+    load_size: int = 0
+    """Pixels that images are resized to before the crop; 0: as the crop."""
+    crop_size: int = 0
+    """Side of the crop in pixels; 0: the size of a U-Net, 256 for others."""
+    preprocess: PreprocessKind = "resize_and_crop"
+    """How images get to that size."""
+    odd_images: OddImages = "refuse"
+    """Refuse a folder with unreadable or odd images, or skip those."""
+    norm_statistics: Literal["auto", "running", "image"] = "auto"
+    """BatchNorm with running statistics or those of the image at hand (Pix2Pix at batch size 1); auto: what
+    gives the lower L1 on val."""
+    dropout: bool = False
+    """Finetune a U-Net with dropout, which leaves no trace in its weights."""
+    gan_mode: AdversarialKind = "vanilla"
+    """The adversarial loss that the pair was trained with."""
+    train_images: int = 0
+    """At most so many images to train on, spread evenly; 0: all."""
+    val_images: int = 160
+    """The same for what plans are scored on."""
+    test_images: int = 512
+    """The same for the final figures."""
+    memory_gb: float = 4.0
+    """Refuse to hold more images than that."""
+    generator_multiple: int = 0
+    """Widths of the generator are multiples of it; 0: 8 for large networks, less for small ones."""
+    discriminator_multiple: int = 0
+    """The same for the discriminator."""
+
+    @property
+    def given(self) -> bool:
+        """Whether the user asks for a task of their own."""
+        return self != OwnOptions()
+
+    def check(self) -> None:
+        """Refuse options that make no task.
+
+        Raises:
+            UserError: what is missing or out of range.
+        """
+        missing = [f"--{name}" for name in (*AGENTS, "data") if getattr(self, name) is None]
+        if missing:
+            raise UserError(
+                f"a task of your own needs --generator, --discriminator and --data; {' and '.join(missing)} "
+                f"{'is' if len(missing) == 1 else 'are'} missing"
+            )
+        for name in ("load_size", "crop_size", "generator_multiple", "discriminator_multiple"):
+            if getattr(self, name) < 0:
+                raise UserError(
+                    f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be 0 (pick one) or more"
+                )
+        known = ("auto", *get_args(StatisticsKind))
+        if self.norm_statistics not in known:
+            raise unknown("norm statistics", self.norm_statistics, known)
+        if self.gan_mode not in get_args(AdversarialKind):
+            raise unknown("GAN mode", self.gan_mode, get_args(AdversarialKind))
+
+
+@dataclass(frozen=True)
+class OwnTask:
+    """Dense pair, images, and how they were read.
+
+    Attributes:
+        name: of the image folder.
+        data: the image folder, absolute.
+        reading: how it was read.
+        multiples: agent → widths are multiples of it.
+        adversarial: the loss that the pair was trained with.
+        networks: agent → dense network in evaluation mode, with the norm statistics that were chosen.
+        architectures: agent → how to build it.
+        sources: agent → checkpoint that it came from, and its hash.
+        images: the pairs.
+        notes: sentences for the user: what was inferred, chosen, left out.
+    """
+
+    name: str
+    data: Path
+    reading: Reading
+    multiples: Mapping[str, int]
+    adversarial: AdversarialKind
+    networks: Mapping[str, nn.Module]
+    architectures: Mapping[str, Architecture]
+    sources: Mapping[str, Mapping[str, str]]
+    images: PairedSplits
+    notes: tuple[str, ...]
+
+
+def make_own_task(options: OwnOptions, device: str = "cpu") -> OwnTask:
+    """Read checkpoints and images, choose what is left open; nothing is written.
+
+    Args:
+        options: the user's.
+        device: where the norm statistics are tried out.
+
+    Raises:
+        UserError: with what to do.
+    """
+    options.check()
+    assert options.generator is not None
+    assert options.discriminator is not None
+    assert options.data is not None
+    pair = {
+        "generator": load_official(options.generator),
+        "discriminator": load_official(options.discriminator),
+    }
+    check_pair(pair["generator"], pair["discriminator"])
+    made = pair["generator"].architecture
+    if options.dropout and unet_levels(made.name):
+        made = replace(made, dropout=True)
+        network = made.build()
+        network.load_state_dict(pair["generator"].network.state_dict())
+        pair["generator"] = OfficialNetwork(network.eval(), made, ())
+    reading = _reading(options, made)
+    data = options.data.resolve()
+    images = load_pairs(data, reading)
+    check_sizes(images.val, pair["generator"].architecture, pair["discriminator"].architecture)
+    statistics, chosen = choose_statistics(pair["generator"], images.val, options.norm_statistics, device)
+    networks, architectures = {}, {}
+    notes = [note for agent in AGENTS for note in pair[agent].notes]
+    for agent, (network, architecture, _) in pair.items():
+        if architecture.norm == "batch" and statistics == "image":
+            network, architecture = with_image_statistics(network), replace(architecture, statistics="image")
+        networks[agent], architectures[agent] = network.requires_grad_(False), architecture
+        notes.append(f"{agent}: {describe(network, architecture, images.val)}")
+    notes += [*([chosen] if chosen else []), *images.notes]
+    notes.append(
+        f"{len(images.train)} train, {len(images.val)} val, {len(images.test)} test pairs of "
+        f"{' × '.join(str(side) for side in images.val.inputs.shape[-2:])} pixels"
+    )
+    return OwnTask(
+        name=data.name or "own",
+        data=data,
+        reading=reading,
+        multiples={
+            agent: getattr(options, f"{agent}_multiple") or usual_multiple(architectures[agent])
+            for agent in AGENTS
+        },
+        adversarial=options.gan_mode,
+        networks=networks,
+        architectures=architectures,
+        sources={
+            agent: {"source": str(path.resolve()), "source_hash": file_hash(path)}
+            for agent, path in (("generator", options.generator), ("discriminator", options.discriminator))
+        },
+        images=images,
+        notes=tuple(notes),
+    )
+
+
+def _reading(options: OwnOptions, generator: Architecture) -> Reading:
+    own_size = generator.size_multiple if unet_levels(generator.name) else USUAL_SIZE
+    crop = options.crop_size or own_size
+    return Reading(
+        direction=options.direction,
+        preprocess=Preprocess(options.preprocess, options.load_size or crop, crop),
+        odd_images=options.odd_images,
+        channels=(generator.in_channels, generator.out_channels),
+        train=options.train_images,
+        val=options.val_images,
+        test=options.test_images,
+        memory_gb=options.memory_gb,
+    )
+
+
+def usual_multiple(architecture: Architecture) -> int:
+    """What widths are multiples of: 8 and 4 for a generator and a discriminator of base width 64.
+
+    An eighth (a sixteenth) of the base width leaves as fine a choice as the embedded tasks have; odd widths
+    in large networks cost more time than they save. At the default budgets uniform plans then leave less
+    unused than random ones: U-Net-256 0.2 % against 0.5 %, ResNet-9 1.5 % against 2.5 %, PatchGAN 0.5 %
+    against 0.9 % (with multiples of 8 it would be 3.1 % against 1.6 %).
+    """
+    share = architecture.base_width // (8 if architecture.is_generator else 16)
+    return next(multiple for multiple in (8, 4, 2, 1) if multiple <= max(1, share))
+
+
+def check_sizes(images: PairedImages, generator: Architecture, discriminator: Architecture) -> None:
+    """Make sure that both networks can see images of that size.
+
+    Raises:
+        UserError: with the sizes that they can see.
+    """
+    height, width = images.inputs.shape[-2:]
+    multiple = generator.size_multiple
+    if height % multiple or width % multiple:
+        raise UserError(
+            f"{generator.name} takes images whose sides are multiples of {multiple} pixels, but they would "
+            f"be {width} × {height}; choose another --crop-size, and --preprocess resize_and_crop"
+        )
+    with torch.device("meta"):
+        network = discriminator.build().eval()
+        seen = torch.zeros(1, discriminator.in_channels, height, width)
+    try:
+        network(seen)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"images of {width} × {height} pixels are too small for the discriminator {discriminator.name!r} "
+            f"of {discriminator.layers} halvings; choose a larger --crop-size"
+        ) from error
+
+
+@torch.no_grad()
+def choose_statistics(
+    generator: OfficialNetwork, val: PairedImages, wanted: str, device: str = "cpu"
+) -> tuple[StatisticsKind, str]:
+    """The norm statistics to run with, and a sentence on why.
+
+    Args:
+        wanted: ``running``, ``image``, or ``auto``: the lower L1 to the targets, on a few val images.
+    """
+    if generator.architecture.norm != "batch":
+        return "running", ""
+    if wanted != "auto":
+        return wanted, f"norm statistics: {wanted}, as asked for"  # type: ignore[return-value]
+    shown = val.take(JUDGED)
+    distances: dict[StatisticsKind, float] = {
+        "running": _l1(generator.network, shown, device),
+        "image": _l1(with_image_statistics(generator.network), shown, device),
+    }
+    best: StatisticsKind = "image" if distances["image"] < distances["running"] else "running"
+    figures = ", ".join(f"{kind} {value:.4f}" for kind, value in distances.items())
+    return best, f"norm statistics: {best} (L1 on {len(shown)} val images: {figures})"
+
+
+def _l1(network: nn.Module, pairs: PairedImages, device: str) -> float:
+    network, total = network.to(device), 0.0
+    for inputs, targets in zip(pairs.inputs.split(4), pairs.targets.split(4), strict=True):
+        made = network(to_float(inputs).to(device))
+        total += float((made - to_float(targets).to(device)).abs().sum())
+    network.to("cpu")
+    return total / pairs.targets.numel()
+
+
+def describe(network: nn.Module, architecture: Architecture, images: PairedImages) -> str:
+    """One line: what a network is, and what it costs for images of that size."""
+    channels = architecture.in_channels
+    seen = torch.zeros(1, channels, *images.inputs.shape[-2:])
+    cost = build_cost_model(network, (), [seen])
+    none = torch.zeros(0, dtype=torch.int64).numpy()
+    true, published = float(cost.macs(none)), published_macs(network, [seen])
+    papers = f" ({published / 1e9:.3g} G as papers count)" if published > 1.01 * true else ""
+    base = "ngf" if architecture.is_generator else "ndf"
+    parts = [
+        architecture.name,
+        f"{base} {architecture.base_width}" + (" (pruned)" if architecture.widths else ""),
+        f"{channels} → {architecture.out_channels} channels",
+        f"{architecture.norm} norm",
+        *(["dropout"] if architecture.dropout else []),
+        f"{float(cost.params(none)) / 1e6:.3f} M parameters",
+        f"{true / 1e9:.3g} G MACs{papers}",
+    ]
+    return ", ".join(parts)
+
+
+def _images_mark(images: PairedSplits) -> str:
+    """A mark of which images a task was made from: all names, and the pixels of val."""
+    digest = hashlib.sha256()
+    for split in (images.train, images.val, images.test):
+        digest.update("\n".join(split.names).encode() + b"\0")
+    for pixels in (images.val.inputs, images.val.targets):
+        digest.update(pixels.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def save_own_task(folder: Path, task: OwnTask) -> Path:
+    """Write a task folder; it is made where it is missing."""
+    folder.mkdir(parents=True, exist_ok=True)
+    size = task.images.val.inputs.shape
+    for agent in AGENTS:
+        recipe = {**task.sources[agent], "task": task.name, "image_size": int(size[-2])}
+        recipe |= image_recipe(size[-1], task.reading.preprocess)
+        path = folder / f"{agent}.safetensors"
+        save_network(path, task.networks[agent], task.architectures[agent], recipe)
+    about = {
+        "format": 1,
+        "name": task.name,
+        "data": str(task.data),
+        "reading": asdict(task.reading),
+        "multiples": dict(task.multiples),
+        "adversarial": task.adversarial,
+        "images": _images_mark(task.images),
+        "notes": list(task.notes),
+    }
+    write_json(folder / TASK_FILE, about)
+    return folder
+
+
+def image_recipe(width: int, preprocess: Preprocess) -> dict[str, Any]:
+    """What a weight file's recipe says of images, beside their height."""
+    return {"image_width": int(width), "preprocess": asdict(preprocess)}
+
+
+def find_task_folder(name: str) -> Path | None:
+    """The task folder that a path means: itself, or that of a run; None when it is neither."""
+    folder = Path(name)
+    return next((f for f in (folder, folder / "task") if (f / TASK_FILE).is_file()), None)
+
+
+def load_own_task(folder: Path) -> OwnTask:
+    """Read a task folder back, and its images from where they are.
+
+    Raises:
+        UserError: damaged files, or images that are not those it was made from.
+    """
+    path = folder / TASK_FILE
+    try:
+        about = json.loads(path.read_text())
+        reading = about["reading"]
+        reading |= {"preprocess": Preprocess(**reading["preprocess"]), "channels": tuple(reading["channels"])}
+        about["reading"] = Reading(**reading)
+        name, data, mark = str(about["name"]), Path(about["data"]), about["images"]
+        multiples = {agent: int(about["multiples"][agent]) for agent in AGENTS}
+        adversarial, notes = about["adversarial"], tuple(about["notes"])
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{path} is damaged ({error}); make the task again") from error
+    networks, architectures = {}, {}
+    sources: dict[str, dict[str, str]] = {}
+    for agent in AGENTS:
+        network, architecture, recipe = load_network(folder / f"{agent}.safetensors")
+        networks[agent], architectures[agent] = network.requires_grad_(False), architecture
+        sources[agent] = {key: str(recipe[key]) for key in ("source", "source_hash") if key in recipe}
+    images = load_pairs(data, about["reading"])
+    if _images_mark(images) != mark:
+        raise UserError(
+            f"the images in {data} are not those that {folder} was made from; put them back, or make the "
+            "task again"
+        )
+    return OwnTask(
+        name, data, about["reading"], multiples, adversarial, networks, architectures, sources, images, notes
+    )
