@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 
 from agents.base import Agent
-from agents.registry import build_agent
+from agents.registry import build_agent, resolve_agent
 from envs.budget import Budget, default_budgets, fixed_ratios, parse_budgets, uniform_widths
 from envs.pruning_env import PruningEnv, check_budgets
 from envs.records import Listener
@@ -19,14 +20,21 @@ from envs.rewards import Weights
 from experiments.runs import RunFolder
 from gan.checkpoints import save_network
 from gan.cost import DEFAULT_COST
+from gan.cyclegan import CYCLE_FINETUNING, CycleOptions
 from gan.elastic import ElasticNetwork, ElasticOptions, train_elastic
 from gan.errors import UserError
 from gan.evaluations import CountedScorer, EvaluationLog, PlanScorer, PrunableNetwork
 from gan.latency import read_latency, write_latency
+from gan.own_task import image_recipe
 from gan.plans import Plan
 from gan.runtime import bfloat16_pays
 from gan.tasks import AGENTS, STATISTICS_IMAGES, Task
 from gan.training import FINETUNING, TrainingOptions
+
+WARM_UP_STEPS = 150, 1200
+"""Fewest and most steps that a run's own warm-up takes by default; more than 1,200 gain little."""
+WARM_UP_MINUTES = 20
+"""What it may take between those."""
 
 
 class ImageCounts(NamedTuple):
@@ -137,6 +145,35 @@ def warm_up(
     return dict(zip(AGENTS, trained, strict=True))
 
 
+def batch_size(task: Task, most: int = 16) -> int:
+    """Images per step: 16 up to 128 × 128 pixels, 4 at 256 × 256, so that memory and steps stay alike."""
+    return max(1, min(most, most * 128 * 128 // task.val.inputs[0, 0].numel()))
+
+
+def elastic_options(task: Task, steps: int, seed: int) -> ElasticOptions:
+    """Options of a run's own warm-up."""
+    return ElasticOptions(steps=steps, seed=seed, batch_size=batch_size(task))
+
+
+def usual_warm_up(task: Task, budgets: dict[str, Budget], cost: str) -> tuple[int, str]:
+    """Steps of the warm-up where the task comes without elastic weights, and a sentence on their time.
+
+    As many as ``WARM_UP_MINUTES`` allow on this machine, by the clock of one step, but neither fewer nor more
+    than ``WARM_UP_STEPS``.
+    """
+    clock: list[float] = []
+    options = elastic_options(task, 2, 0)
+    warm_up(task, budgets, cost, options, lambda *_: clock.append(time.perf_counter()))
+    seconds = clock[1] - clock[0]  # the first one also prepares kernels
+    fewest, most = WARM_UP_STEPS
+    steps = max(fewest, min(most, 10 * int(6 * WARM_UP_MINUTES / seconds)))
+    minutes = steps * seconds / 60
+    return steps, (
+        f"elastic warm-up of {steps} steps, about {minutes:.0f} min on this machine; --warm-up N takes "
+        "another number"
+    )
+
+
 def build_env(
     scorer: PlanScorer,
     budgets: dict[str, Budget],
@@ -145,11 +182,21 @@ def build_env(
     evaluations: int,
     weights: Weights,
     reward: str,
+    feedback: bool = True,
+    held: Collection[str] = (),
     listener: Listener | None = None,
 ) -> PruningEnv:
     """The environment of a run, with its evaluation log."""
     counted = CountedScorer(scorer, EvaluationLog(log, scorer.fingerprint), evaluations)
-    return PruningEnv(counted, budgets, weights=weights, reward=reward, listener=listener)  # type: ignore[arg-type]
+    return PruningEnv(
+        counted,
+        budgets,
+        weights=weights,
+        reward=reward,  # type: ignore[arg-type]
+        feedback=feedback,
+        held=held,
+        listener=listener,
+    )
 
 
 def pick_device(name: str) -> str:
@@ -164,6 +211,17 @@ def pick_device(name: str) -> str:
     return ("cuda" if found else "cpu") if name == "auto" else name
 
 
+def check_learner(algo: str) -> str:
+    """The learner's name in the registry; it is built once, so that what cannot be built is told of early.
+
+    Raises:
+        UserError: it is unknown, or a class that cannot steer the environment.
+    """
+    name = resolve_agent(algo)
+    build_agent(name)
+    return name
+
+
 def build_learner(algo: str, seed: int, tensorboard: Path | None) -> Agent:
     """An agent from the registry."""
     return build_agent(algo, seed, tensorboard=tensorboard)
@@ -172,6 +230,17 @@ def build_learner(algo: str, seed: int, tensorboard: Path | None) -> Agent:
 def finetuning(epochs: int, seed: int, device: torch.device, seconds: float | None = None) -> TrainingOptions:
     """Options of the finetuning stage; the same for every row of the table."""
     return replace(FINETUNING, epochs=epochs, seed=seed, seconds=seconds, amp=bfloat16_pays(device))
+
+
+def finetuning_of(
+    task: Task, epochs: int, seed: int, seconds: float | None = None
+) -> TrainingOptions | CycleOptions:
+    """Options of the finetuning stage for the images and the loss of a task."""
+    if task.back is not None:
+        amp = bfloat16_pays(task.device)
+        return replace(CYCLE_FINETUNING, epochs=epochs, seed=seed, seconds=seconds, amp=amp)
+    options = finetuning(epochs, seed, task.device, seconds)
+    return replace(options, batch_size=batch_size(task), adversarial=task.adversarial)
 
 
 def save_pair(
@@ -197,6 +266,8 @@ def save_pair(
     for agent, network in zip(AGENTS, pair, strict=True):
         architecture = task.architectures[agent].pruned(_widths_of(network, task, agent, plan))
         recipe = {"task": task.name, "image_size": task.image_size, "row": row, "plan": plan.to_dict()}
+        if task.preprocess is not None:
+            recipe |= image_recipe(task.val.inputs.shape[-1], task.preprocess)
         save_network(folder.weights(agent, stage), network, architecture, recipe, half=half)
 
 

@@ -6,6 +6,7 @@ Figures are built on their own canvas, without pyplot: nothing is global, nothin
 from __future__ import annotations
 
 import io
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -510,18 +511,20 @@ class Estimates:
     Attributes:
         title: of the panel.
         labels: n rows, from top to bottom.
-        values: (n, k) k repetitions of each row.
-        bounds: (n, 2) ends of the interval of each row's mean; NaN where there is none.
+        values: (n, k) k repetitions of each row; NaN where a row has fewer.
+        bounds: (n, 2) ends of the interval of each row's estimate; NaN where there is none.
+        centres: (n,) the estimates; by default the means.
     """
 
     title: str
     labels: tuple[str, ...]
     values: NDArray[np.float64]
     bounds: NDArray[np.float64]
+    centres: NDArray[np.float64] | None = None
 
 
 def intervals(panels: Sequence[Estimates], label: str, title: str = "") -> Figure:
-    """Means with their intervals against a zero line, one panel beside the other.
+    """Estimates with their intervals against a zero line, one panel beside the other.
 
     Args:
         panels: what to draw.
@@ -530,14 +533,16 @@ def intervals(panels: Sequence[Estimates], label: str, title: str = "") -> Figur
     """
     tallest = max(len(panel.labels) for panel in panels)
     with mpl.rc_context(STYLE):
-        size = (max(6.5, 4.6 * len(panels)), 1.6 + 0.4 * max(2, tallest))
+        longest = _legend_width([label for panel in panels for label in panel.labels])
+        size = (max(6.5, (3.6 + longest) * len(panels)), 1.6 + 0.4 * max(2, tallest))
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)
         for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            centres = np.nanmean(panel.values, axis=1) if panel.centres is None else panel.centres
             for place, (values, bounds) in enumerate(zip(panel.values, panel.bounds, strict=True)):
                 axes.plot(values, np.full(len(values), place), ".", color=COLOURS[2], markersize=5, zorder=4)
                 axes.plot(bounds, (place, place), "-", color=COLOURS[0])
-                axes.plot(values.mean(), place, MARKERS[0], color=COLOURS[0], markersize=6)
+                axes.plot(centres[place], place, MARKERS[0], color=COLOURS[0], markersize=6)
             axes.axvline(0.0, color="0.2", linewidth=1.0)
             axes.set_yticks(range(len(panel.labels)), panel.labels)
             axes.set_ylim(len(panel.labels) - 0.5, -0.5)
@@ -576,3 +581,258 @@ def learning_curve(frame: pd.DataFrame, dense: Mapping[str, float], title: str =
         if title:
             figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     return figure
+
+
+# Comparisons of learners
+
+
+@dataclass(frozen=True)
+class Line:
+    """A curve with its band.
+
+    Attributes:
+        label: name in the legend.
+        x: (k,) evaluations, ascending.
+        y: (k,) the estimate.
+        low, high: (k,) ends of the band; NaN where there is none.
+    """
+
+    label: str
+    x: NDArray[np.float64]
+    y: NDArray[np.float64]
+    low: NDArray[np.float64]
+    high: NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class LinePanel:
+    """One panel of :func:`score_curves`.
+
+    Attributes:
+        title: of the panel.
+        lines: what to draw.
+    """
+
+    title: str
+    lines: tuple[Line, ...]
+
+
+def score_curves(panels: Sequence[LinePanel], label: str, title: str = "") -> Figure:
+    """Best score against evaluations, a panel for each cell, the legend in the order of the last values.
+
+    Args:
+        panels: what to draw; equal labels look alike in all of them. At most ``2 × MOST_SERIES`` labels.
+        label: of the vertical axes.
+        title: of the figure.
+
+    Raises:
+        UserError: too many labels.
+    """
+    ends = {
+        line.label: [other.y[-1] for panel in panels for other in panel.lines if other.label == line.label]
+        for panel in panels
+        for line in panel.lines
+    }
+    places = {name: place for place, name in enumerate(ends)}
+    if len(places) > 2 * MOST_SERIES:
+        raise UserError(
+            f"{len(places)} curves cannot be told apart in one figure; draw at most {2 * MOST_SERIES}"
+        )
+    order = sorted(ends, key=lambda name: -float(np.mean(ends[name])))
+    columns = min(3, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    with mpl.rc_context(STYLE):
+        size = (1.4 + _legend_width(order) + max(4.8, 4.2 * columns), 0.8 + 3.4 * rows)
+        figure = Figure(figsize=size, layout="constrained")
+        FigureCanvasAgg(figure)
+        grid = figure.subplots(rows, columns, squeeze=False).flatten()
+        for axes, panel in zip(grid, panels, strict=False):
+            for line in panel.lines:
+                place = places[line.label]
+                every = max(1, len(line.x) // 6)
+                offset = (
+                    place * every // max(1, len(places))
+                ) % every  # markers of equal curves side by side
+                looks = _looks(place)
+                axes.plot(line.x, line.y, markevery=(offset, every), drawstyle="steps-post", **looks)
+                known = ~np.isnan(line.low)
+                if known.any():
+                    axes.fill_between(
+                        line.x[known],
+                        line.low[known],
+                        line.high[known],
+                        color=looks["color"],
+                        alpha=0.15,
+                        linewidth=0,
+                        step="post",
+                    )
+            axes.axhline(0, color="0.4", linewidth=0.8)
+            axes.margins(x=0.02)
+            axes.set_title(panel.title)
+            axes.set_xlabel("evaluations")
+        for axes in grid[len(panels) :]:
+            axes.set_visible(False)
+        for axes in grid[::columns]:
+            axes.set_ylabel(label)
+        handles = [Line2D([], [], label=name, **_looks(places[name])) for name in order]
+        figure.legend(handles=handles, loc="outside right upper", handlelength=3.2)
+        if title:
+            figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    return figure
+
+
+def _legend_width(labels: Sequence[str]) -> float:
+    """Inches that the longest label takes: long ones must not squeeze the panels."""
+    return 0.08 * max(map(len, labels))
+
+
+def _looks(place: int) -> dict[str, Any]:
+    """Colour, marker and line of a series: sixteen that differ in grey, too."""
+    dashed = place >= MOST_SERIES
+    colour = COLOURS[place % MOST_SERIES]
+    return {
+        "color": colour,
+        "marker": MARKERS[place % MOST_SERIES],
+        "linestyle": "--" if dashed else "-",
+        "markerfacecolor": "white" if dashed else colour,
+        "markersize": 5.5,
+    }
+
+
+def improvements(
+    labels: Sequence[str],
+    values: NDArray[np.float64],
+    bounds: NDArray[np.float64],
+    title: str = "",
+) -> Figure:
+    """Probability that a run of the row is better than one of the column, with its interval.
+
+    Args:
+        labels: n names, best first.
+        values: (n, n) probabilities; NaN where there is none.
+        bounds: (n, n, 2) ends of their intervals; NaN where there is none.
+        title: of the figure.
+    """
+    n = len(labels)
+    with mpl.rc_context(STYLE):
+        margin = _legend_width(labels)
+        size = (1.2 + margin + 0.95 * n, 1.3 + 0.5 * margin + 0.62 * max(3, n))
+        figure = Figure(figsize=size, layout="constrained")
+        FigureCanvasAgg(figure)
+        axes = figure.subplots()
+        # up to half grey only, so that black numbers can be read on it
+        axes.imshow(np.ma.masked_invalid(values), cmap="Greys", vmin=0, vmax=2, aspect="auto")
+        for row, column in itertools.product(range(n), repeat=2):
+            value, (low, high) = values[row, column], bounds[row, column]
+            if math.isnan(value):
+                continue
+            text = f"{value:.2f}" if math.isnan(low) else f"{value:.2f}\n{low:.2f}–{high:.2f}"
+            axes.text(column, row, text, ha="center", va="center", fontsize=8)
+        axes.set_xticks(range(n), labels, rotation=30, ha="right", rotation_mode="anchor")
+        axes.set_yticks(range(n), labels)
+        axes.set_xlabel("than")
+        axes.set_ylabel("probability of being better")
+        axes.grid(visible=False)
+        axes.spines[:].set_visible(False)
+        if title:
+            figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    return figure
+
+
+# Balance
+
+
+@dataclass(frozen=True)
+class GapHistory:
+    """The balance gap over a search.
+
+    Attributes:
+        gaps: of every plan, in the order of the evaluations.
+        best: of the best plan so far, at each of them; empty where plans do not compare.
+        uniform: of the uniform plan.
+    """
+
+    gaps: tuple[float, ...]
+    best: tuple[float, ...]
+    uniform: float
+
+
+@dataclass(frozen=True)
+class Margins:
+    """The discriminator's margin over finetunings of one kind.
+
+    Attributes:
+        label: what was finetuned.
+        margins: one sequence per finetuning, a number for each training step.
+    """
+
+    label: str
+    margins: Sequence[Sequence[float]]
+
+
+SMOOTH = 1 / 25
+"""Window of the margins' moving average, as a share of the finetuning."""
+
+
+def balance(search: GapHistory | None, finetunings: Sequence[Margins] = (), title: str = "") -> Figure:
+    """How evenly matched the pair is: the balance gap over the search, the margin over finetuning.
+
+    Args:
+        search: the left panel; None leaves it out.
+        finetunings: the right panel; none leaves it out. At most ``MOST_SERIES``.
+        title: of the figure.
+
+    Raises:
+        ValueError: nothing to draw.
+    """
+    finetunings = [one for one in finetunings if any(len(steps) for steps in one.margins)]
+    panels = (search is not None) + bool(finetunings)
+    if not panels:
+        raise ValueError("there is neither a search nor a finetuning to draw")
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(5.6 * panels, 4.2), layout="constrained")
+        FigureCanvasAgg(figure)
+        places = list(figure.subplots(1, panels, squeeze=False)[0])
+        if search is not None:
+            _gap_panel(places.pop(0), search)
+        if finetunings:
+            _margin_panel(places.pop(0), finetunings)
+        if title:
+            figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    return figure
+
+
+def _gap_panel(axes: Axes, search: GapHistory) -> None:
+    evaluations = np.arange(1, len(search.gaps) + 1)
+    axes.plot(evaluations, search.gaps, ".", color="0.65", markersize=4, label="every plan")
+    if search.best:
+        axes.plot(
+            evaluations, search.best, color=COLOURS[0], drawstyle="steps-post", label="best plan so far"
+        )
+    axes.axhline(search.uniform, color=COLOURS[1], linestyle="--", label="uniform plan")
+    axes.set_ylim(bottom=0)
+    axes.set_title("balance gap over the search (0 = as dense)")
+    axes.set_xlabel("evaluations")
+    axes.set_ylabel("balance gap")
+    axes.legend(loc="best", fontsize=8)
+
+
+def _margin_panel(axes: Axes, finetunings: Sequence[Margins]) -> None:
+    for place, one in enumerate(finetunings):
+        length = min(len(steps) for steps in one.margins if len(steps))
+        rows = np.array([steps[:length] for steps in one.margins if len(steps)], dtype=np.float64)
+        steps = np.arange(1.0, length + 1)
+        window = max(1, round(length * SMOOTH))
+        smooth = np.stack([moving_average(steps, row, window) for row in rows])
+        looks = {**_looks(place), "linestyle": ("-", "--", ":", "-.")[place % 4]}
+        every = max(1, length // 6)
+        label = f"{one.label} (spread {rows.std(axis=1).mean():.2f})"
+        axes.plot(
+            steps, smooth.mean(0), label=label, markevery=(every // 2 + place * every // 8, every), **looks
+        )
+        axes.fill_between(steps, smooth.min(0), smooth.max(0), color=looks["color"], alpha=0.18, linewidth=0)
+    many = max(len(one.margins) for one in finetunings) > 1
+    axes.set_title("margin over finetuning" + (" · band: lowest to highest run" if many else ""))
+    axes.set_xlabel("training steps")
+    axes.set_ylabel("discriminator's logit, real minus made")
+    axes.legend(loc="best", fontsize=8)

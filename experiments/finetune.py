@@ -17,7 +17,7 @@ from torch import nn
 from tyro.conf import OmitArgPrefixes, Positional
 
 from experiments import cli
-from experiments.build import finetuning, image_counts, pick_device, save_pair
+from experiments.build import finetuning_of, image_counts, pick_device, save_pair
 from experiments.figures import learning_curve, save_figure
 from experiments.report import evaluation_table
 from experiments.runs import (
@@ -30,10 +30,12 @@ from experiments.runs import (
     plain,
     read_json,
     read_options,
+    task_of,
 )
 from experiments.watch import Watch
 from gan.append_log import AppendLog
 from gan.checkpoints import load_network, state_hash
+from gan.cyclegan import CycleOptions, OneWayTrainer
 from gan.data import PairedImages, to_float, to_uint8
 from gan.distillation import DensePair, Ingredients
 from gan.elastic import ElasticNetwork
@@ -42,10 +44,11 @@ from gan.evaluation import Judge
 from gan.features import load_extractor
 from gan.fidelity import image_l1, kid
 from gan.files import file_hash, write_bytes, write_json, write_text
+from gan.loop import TrainingProgress
 from gan.plans import Plan
 from gan.scoring import run_batched
 from gan.tasks import AGENTS, Task, load_elastic, load_task
-from gan.training import FINETUNING, PairedTrainer, TrainingOptions, TrainingProgress, finetuner
+from gan.training import FINETUNING, PairedTrainer, TrainingOptions
 
 Pair = tuple[nn.Module, nn.Module]
 DESCRIPTION = """Finetunes the pruned pair of a plan with native GAN losses, distillation from the dense pair
@@ -202,7 +205,8 @@ def open_folder(options: Options) -> tuple[Options, FinetuneFolder]:
     except (KeyError, ValueError) as error:
         raise UserError(f"the plan of {options.source} does not fit {task.name}: {error.args[0]}") from error
     epochs = None if options.minutes is not None else options.epochs or FINETUNING.epochs
-    options = replace(options, source=options.source.resolve(), task=task.name, start=start, epochs=epochs)
+    source = options.source.resolve()
+    options = replace(options, source=source, task=task.reference, start=start, epochs=epochs)
     folder = create_run(task.name, "finetune", options.seed, options.output)
     describe_run(folder, options, device=str(task.device), threads=torch.get_num_threads())
     write_json(folder.plan, {"best": plan.to_dict()})
@@ -249,10 +253,10 @@ def read_source(
         return read_plan(source, options.plan), task, cut_from(task, start, options.elastic), start
     folder = open_run(source)
     folder.require(folder.plan, folder.elastic_reference)
-    known = read_json(folder.options).get("task")
+    known = task_of(folder)
     if options.task not in (None, known):
         raise UserError(f"the run {source} is of task {known!r}; leave out --task")
-    task, reference = load_task(str(known), device), read_json(folder.elastic_reference)
+    task, reference = load_task(known, device), read_json(folder.elastic_reference)
     start = options.start or ("elastic" if options.elastic else reference.get("start", "elastic"))
     own = folder.elastic if folder.elastic.is_file() else None
     weights = cut_from(task, start, options.elastic or own)
@@ -306,12 +310,12 @@ class Images:
         return cls(*(pairs.take(count) for pairs, count in wanted))
 
 
-def training_options(options: Options, device: torch.device) -> TrainingOptions:
+def training_options(options: Options, task: Task) -> TrainingOptions | CycleOptions:
     """Those of the finetuning stage, with what was given."""
     epochs, minutes = options.epochs or FINETUNING.epochs, options.minutes
     if options.quick:
         epochs, minutes = min(epochs, 2), None if minutes is None else min(minutes, 0.1)
-    chosen = finetuning(epochs, options.seed, device, None if minutes is None else 60 * minutes)
+    chosen = finetuning_of(task, epochs, options.seed, None if minutes is None else 60 * minutes)
     return replace(
         chosen,
         learning_rate=options.learning_rate,
@@ -323,19 +327,19 @@ def training_options(options: Options, device: torch.device) -> TrainingOptions:
 def run(options: Options, folder: FinetuneFolder, console: Console) -> None:
     """Train to the end, decide on val, measure on test."""
     watch = Watch(console)
-    console.print(f"[bold]{folder.run.path}[/bold]  {options.task}, seed {options.seed}", highlight=False)
     with watch.stage("load"):
         task = load_task(str(options.task), pick_device(options.device))
+        console.print(f"[bold]{folder.run.path}[/bold]  {task.name}, seed {options.seed}", highlight=False)
         images = Images.of(task, options.quick)
         plan = read_plan(folder.run.plan, "best")
         raw = load_pair(folder.run, task)
         dense = task.networks["generator"], task.networks["discriminator"]
         extractor = load_extractor(device=task.device)
         judge = Judge.build(*dense, images.val, extractor)
-        training = training_options(options, task.device)
+        training = training_options(options, task)
         log = EpochLog(folder.log, fingerprint(options, training, raw))
         beside = DensePair(*dense, task.groups["generator"])
-        trainer = finetuner(*raw, dense[0], training, options.ingredients, beside)
+        trainer = task.finetuner(*raw, dense[0], training, options.ingredients, beside)
         load_checkpoint(folder.checkpoint, trainer)
         log.cut(trainer.epoch)
         if 0 not in log.entries:
@@ -391,7 +395,7 @@ def run(options: Options, folder: FinetuneFolder, console: Console) -> None:
 
 
 def train(
-    trainer: PairedTrainer,
+    trainer: PairedTrainer | OneWayTrainer,
     images: Images,
     judge: Judge,
     log: EpochLog,
@@ -434,7 +438,7 @@ def measure(judge: Judge, generator: nn.Module) -> dict[str, float]:
     }
 
 
-def fingerprint(options: Options, training: TrainingOptions, raw: Pair) -> dict[str, Any]:
+def fingerprint(options: Options, training: TrainingOptions | CycleOptions, raw: Pair) -> dict[str, Any]:
     """What the log depends on."""
     return {
         "start": {agent: state_hash(network) for agent, network in zip(AGENTS, raw, strict=True)},
@@ -443,14 +447,14 @@ def fingerprint(options: Options, training: TrainingOptions, raw: Pair) -> dict[
     }
 
 
-def save_checkpoint(path: Path, trainer: PairedTrainer) -> None:
+def save_checkpoint(path: Path, trainer: PairedTrainer | OneWayTrainer) -> None:
     """Write the whole state of a training, beside and renamed."""
     data = io.BytesIO()
     torch.save(trainer.state_dict(), data)
     write_bytes(path, data.getvalue())
 
 
-def load_checkpoint(path: Path, trainer: PairedTrainer) -> None:
+def load_checkpoint(path: Path, trainer: PairedTrainer | OneWayTrainer) -> None:
     """Go on from a checkpoint, if there is one.
 
     Raises:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
@@ -17,7 +17,6 @@ import torch
 from rich.console import Console
 from tyro.conf import UseAppendAction
 
-from agents.registry import AGENTS as LEARNERS
 from envs.budget import Budget, budget_ends, kind_of
 from envs.pruning_env import PruningEnv
 from envs.rewards import Weights
@@ -28,6 +27,7 @@ from experiments.build import (
     build_budgets,
     build_env,
     build_learner,
+    check_learner,
     check_reachable,
     image_counts,
     pick_device,
@@ -88,7 +88,7 @@ class Options:
     """Epochs of a finetuning."""
     shapes: tuple[str, ...] = tuple(SHAPES)
     """Hand-made shapes to finetune beside uniform and what is found."""
-    algo: str = "cmaes"
+    algo: str = "cma-es"
     """Who searches: a name of agents/registry.py."""
     seed: int = 0
     """Of the search."""
@@ -254,8 +254,7 @@ def open_folder(options: Options) -> tuple[Options, RunFolder]:
         raise UserError("there is no cell to look at; give one, such as --cell edges2emoji:macs:0.1")
     if options.output is None:
         raise UserError("the results need a folder; name a new one with --output FOLDER")
-    if options.algo not in LEARNERS:
-        raise unknown("algorithm", options.algo, LEARNERS)
+    options = replace(options, algo=check_learner(options.algo))
     for name in options.shapes:
         if name not in SHAPES:
             raise unknown("shape", name, SHAPES)

@@ -1,12 +1,17 @@
-"""The table that a run ends with."""
+"""What a run ends with: the table, and how far a latency budget's table is from the clock."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
+
+from gan.latency import check_prediction
+from gan.plans import Plan
+from gan.tasks import Task
 
 SHOWN = (
     ("macs", "generator MACs, M", lambda v: f"{v / 1e6:.1f}"),
@@ -42,3 +47,48 @@ def evaluation_table(rows: Mapping[str, Mapping[str, float]], console: Console) 
     for key, heading, form in SHOWN:
         table.add_row(heading, *(form(row[key]) for row in rows.values()))
     console.print(table)
+
+
+LatencyErrors = Mapping[str, Mapping[str, Mapping[str, float]]]
+"""Agent → plan → ``table_ms``, ``measured_ms`` and ``error``, their ratio less 1."""
+
+
+def latency_errors(task: Task, plans: Mapping[str, Plan], rounds: int = 10) -> LatencyErrors:
+    """Cut plans out and time them, all in turns and the dense network among them, beside the table's word.
+
+    Args:
+        task: with latency tables.
+        plans: name → plan.
+        rounds: visits to each network.
+    """
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for agent, network in task.networks.items():
+        channels = [group.channels for group in task.groups[agent]]
+        named = {"dense": channels, **{name: list(plan[agent]) for name, plan in plans.items()}}
+        widths = np.array(list(named.values()), dtype=np.int64)
+        cost, example = task.cost_model(agent), [task.example(agent)]
+        times = check_prediction(network, task.groups[agent], example, cost, widths, rounds=rounds)
+        found[agent] = {
+            name: {
+                "table_ms": round(float(table), 4),
+                "measured_ms": round(float(measured), 4),
+                "error": round(float(table / measured) - 1.0, 4),
+            }
+            for name, table, measured in zip(named, times.predicted_ms, times.measured_ms, strict=True)
+        }
+    return found
+
+
+def print_latency(errors: LatencyErrors, console: Console) -> None:
+    """One line a plan: what the table says, what the clock says, and both as shares of the dense network."""
+    console.print("latency, one image, one thread: the table that the budget was counted with, and the clock")
+    for agent, plans in errors.items():
+        dense = plans["dense"]
+        for name, row in plans.items():
+            shares = [row[key] / dense[key] for key in ("table_ms", "measured_ms")]
+            console.print(
+                f"  {agent}, {name}: {row['table_ms']:.2f} ms ({shares[0]:.1%}) by the table, "
+                f"{row['measured_ms']:.2f} ms ({shares[1]:.1%}) measured: error {row['error']:+.1%}",
+                highlight=False,
+                soft_wrap=True,
+            )

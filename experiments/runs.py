@@ -91,6 +91,11 @@ class RunFolder:
         return self.path / "policy"
 
     @property
+    def task(self) -> Path:
+        """Folder of the user's own networks and how their images were read, where the run has such."""
+        return self.path / "task"
+
+    @property
     def plan(self) -> Path:
         """The best plan, the policy's plan and the uniform one."""
         return self.path / "plan.json"
@@ -119,6 +124,11 @@ class RunFolder:
     def evaluation(self) -> Path:
         """The final figures; written last, so a run that has it is finished."""
         return self.path / "evaluation.json"
+
+    @property
+    def credit(self) -> Path:
+        """Which network's plan earned how much of the gain."""
+        return self.path / "credit.json"
 
     @property
     def curves(self) -> Path:
@@ -296,6 +306,11 @@ def read_options(folder: RunFolder, kind: type[T]) -> T:
         raise UserError(
             f"{folder.options} does not fit this version of the program: {error.args[0]}; make the run again"
         ) from error
+
+
+def task_of(folder: RunFolder) -> str:
+    """What ``gan.tasks.load_task`` loads the run's task by, also after the run has been moved."""
+    return str(folder.task) if folder.task.is_dir() else str(read_json(folder.options).get("task"))
 
 
 def flag(name: str) -> str:

@@ -13,55 +13,60 @@ from rich.console import Console
 from torch import nn
 from tyro.conf import OmitArgPrefixes
 
-from agents.base import Agent
-from agents.registry import AGENTS as LEARNERS
-from envs.budget import budget_ends
-from envs.pruning_env import PruningEnv
+from envs.budget import Budget
 from envs.records import Evaluation
 from envs.rewards import Weights
 from experiments import cli
 from experiments.build import (
     ImageCounts,
     build_budgets,
-    build_env,
     build_learner,
+    check_learner,
     check_reachable,
-    finetuning,
+    elastic_options,
+    finetuning_of,
     image_counts,
     pick_device,
     save_pair,
+    usual_warm_up,
     warm_up,
     with_latency,
 )
+from experiments.credit import describe_credit, share_credit, write_credit
 from experiments.figures import NetworkWidths, Series, curves, samples, save_figure, save_image, widths
-from experiments.report import evaluation_table
+from experiments.report import evaluation_table, latency_errors, print_latency
 from experiments.runs import (
-    MetricsLog,
     RunFolder,
     create_run,
     describe_run,
     flag,
     given_options,
     open_run,
-    plain,
+    read_json,
     read_metrics,
     read_options,
+    task_of,
 )
-from experiments.watch import SearchListener, Watch
+from experiments.searching import Problem, find, learn, write_plans
+from experiments.watch import Watch
+from gan.cyclegan import CycleOptions
 from gan.data import PairedImages
 from gan.distillation import DensePair, Ingredients
-from gan.elastic import ElasticNetwork, ElasticOptions
-from gan.errors import UserError, unknown
+from gan.elastic import ElasticNetwork
+from gan.errors import UserError
 from gan.evaluation import Judge
 from gan.features import load_extractor
 from gan.files import file_hash, write_json
+from gan.loop import TrainingProgress
+from gan.own_task import OwnOptions, OwnTask, make_own_task, save_own_task
 from gan.plans import Plan
 from gan.scoring import run_batched
-from gan.surrogate import Surrogate
-from gan.tasks import AGENTS, Task, load_elastic, load_task, save_elastic
-from gan.training import Lessons, TrainingOptions, TrainingProgress, finetune
+from gan.tasks import AGENTS, Task, load_elastic, load_task, own_task, save_elastic
+from gan.training import Lessons, TrainingOptions
 
 Pair = tuple[nn.Module, nn.Module]
+QUICK_WARM_UP = 10
+"""Steps of the warm-up with ``--quick``."""
 DESCRIPTION = """Prunes a pretrained generator and its discriminator with cooperative RL agents, finetunes
 the smaller pair and compares it with the usual ways. Everything goes to a run folder."""
 EXAMPLES = (
@@ -69,6 +74,11 @@ EXAMPLES = (
     ("python experiments/train_agents.py --quick", "the same road in under a minute"),
     ("python experiments/train_agents.py --budget 0.25 --seed 1", "keep a quarter of the parameters"),
     ("python experiments/train_agents.py --algo random", "another learner, for comparison"),
+    (
+        "python experiments/train_agents.py --generator latest_net_G.pth --discriminator latest_net_D.pth "
+        "--data facades",
+        "your own networks and images",
+    ),
     ("python experiments/train_agents.py --resume runs/NAME", "go on with an interrupted run"),
 )
 
@@ -78,9 +88,12 @@ class Options:
     """Options of ``train_agents.py``."""
 
     task: str = "edges2emoji"
-    """Embedded task: edges2emoji (a U-Net), edges2emoji_resnet."""
+    """Embedded task: edges2emoji (a U-Net), edges2emoji_resnet; or the folder of one of your own."""
+    own: Annotated[OwnOptions, OmitArgPrefixes] = field(default_factory=OwnOptions)
+    """Your own networks and images, instead of --task."""
     algo: str = "mappo"
-    """Learner: mappo, ippo, cmaes, evolution, random, uniform, or what you add to agents/registry.py."""
+    """Learner: mappo, ippo; one controller: ppo, a2c, sac, td3, ddpg or an SB3 class such as sb3_contrib.TQC;
+    cma-es, tpe, evolution, random; gradient; magnitude, uniform; or what you add to agents/registry.py."""
     seed: int = 0
     """Of the search and of the finetuning."""
     budget: str = "generator=0.1,discriminator=0.5"
@@ -101,8 +114,9 @@ class Options:
     """Epochs of finetuning, for every row of the table."""
     ingredients: Annotated[Ingredients, OmitArgPrefixes] = field(default_factory=Ingredients)
     """What finetuning adds to native losses and output distillation, for every row of the table."""
-    warm_up: int = 0
-    """Steps of a warm-up of one's own (0: the elastic weights that come with the task)."""
+    warm_up: int | None = None
+    """Steps of a warm-up of one's own (0: the elastic weights that come with the task). By default 0 where
+    there are some; else as many as take about 20 minutes, 150 to 1,200."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where the networks run; auto takes CUDA when there is one."""
     equal_time: bool = False
@@ -150,7 +164,8 @@ def open_folder(options: Options) -> tuple[Options, RunFolder]:
     """
     if options.resume is not None:
         folder = open_run(options.resume)
-        given = [flag(name) for name in given_options(options, free=("resume",))]
+        names = [*given_options(options, free=("resume", "own")), *given_options(options.own, free=())]
+        given = [flag(name) for name in names]
         if given:
             raise UserError(f"--resume goes on with the run's own options; leave out {', '.join(given)}")
         if folder.finished:
@@ -158,43 +173,72 @@ def open_folder(options: Options) -> tuple[Options, RunFolder]:
                 f"the run {folder.path} is finished; there is nothing to resume: see {folder.evaluation}"
             )
         return read_options(folder, Options), folder
-    if options.algo not in LEARNERS:
-        raise unknown("algorithm", options.algo, LEARNERS)
+    options = replace(options, algo=check_learner(options.algo))
     for name, least in (("evaluations", 1), ("epochs", 0), ("warm_up", 0)):
-        if getattr(options, name) < least:
-            raise UserError(
-                f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be {least} or more"
-            )
+        value = getattr(options, name)
+        if value is not None and value < least:
+            raise UserError(f"{flag(name)} is {value}; it must be {least} or more")
     if not 0 <= options.seed < 2**32:
         raise UserError(f"--seed is {options.seed}; it must be 0 or more, below 2^32")
     options.ingredients.check()
     budgets = build_budgets(options.budget)
-    task = load_task(options.task, pick_device(options.device))
+    own, task = open_task(options)
+    notes = [] if own is None else [*own.notes]
     if options.cost == "latency":
         task = task.with_latency()
     check_reachable(task, budgets, options.cost)
+    if options.warm_up is None:
+        steps, note = first_warm_up(options, task, budgets)
+        options, notes = replace(options, warm_up=steps), [*notes, *note]
     if options.start == "elastic" and not options.warm_up:
         task.shipped_elastic()
-    folder = create_run(options.task, options.algo, options.seed, options.output)
-    describe_run(folder, options, device=str(task.device), threads=torch.get_num_threads())
+    folder = create_run(task.name, options.algo, options.seed, options.output)
+    if own is not None:
+        task = replace(task, folder=save_own_task(folder.task, own).resolve())
+    options = replace(options, task=task.reference)
+    describe_run(folder, options, device=str(task.device), threads=torch.get_num_threads(), notes=notes)
     if options.cost == "latency":
         with_latency(task, folder.latency)
     return options, folder
 
 
+def open_task(options: Options) -> tuple[OwnTask | None, Task]:
+    """The named task, or one made from the user's own networks and images, which is not written yet.
+
+    Raises:
+        UserError: both at once, or networks and images that do not fit.
+    """
+    device = pick_device(options.device)
+    if not options.own.given:
+        return None, load_task(options.task, device)
+    if options.task != Options.task:
+        raise UserError("--task and networks of your own exclude each other; leave one of them out")
+    own = make_own_task(options.own, device)
+    return own, own_task(own, device)
+
+
+def first_warm_up(options: Options, task: Task, budgets: dict[str, Budget]) -> tuple[int, list[str]]:
+    """Steps of the run's own warm-up by default, and what to say of them."""
+    if options.start == "dense" or task.elastic_path is not None:
+        return 0, []
+    if options.quick:
+        return QUICK_WARM_UP, []
+    print("timing a step of the elastic warm-up", flush=True)
+    steps, note = usual_warm_up(task, budgets, options.cost)
+    return steps, [note]
+
+
 def run(options: Options, folder: RunFolder, console: Console) -> None:
     """Search, slice, finetune, measure; everything that comes out goes to the folder."""
     watch, sizes = Watch(console), Sizes.of(options)
-    console.print(
-        f"[bold]{folder.path}[/bold]  {options.task}, {options.algo}, seed {options.seed}",
-        highlight=False,
-        soft_wrap=True,
-    )
     with watch.stage("load"):
-        task = load_task(options.task, pick_device(options.device))
+        task = load_task(task_of(folder), pick_device(options.device))
         if options.cost == "latency":
             task = with_latency(task, folder.latency)
         train, test = task.train.take(sizes.images.train), task.test.take(sizes.images.judged)
+    about = f"[bold]{folder.path}[/bold]  {task.name}, {options.algo}, seed {options.seed}"
+    for line in (about, *read_json(folder.about).get("notes", [])):
+        console.print(line, highlight=False, soft_wrap=True)
     weights = prepare_weights(options, task, folder, watch)
     best, uniform = search(options, sizes, task, weights, folder, watch)
     console.print(f"best plan: {describe(best)}", highlight=False, soft_wrap=True)
@@ -205,18 +249,19 @@ def run(options: Options, folder: RunFolder, console: Console) -> None:
         "uniform_raw": task.cut(weights, uniform),
         "pruned_raw": task.cut(weights, best.plan),
     }
-    tuned = finetuning(sizes.epochs, options.seed, task.device)
+    tuned = finetuning_of(task, sizes.epochs, options.seed)
     # The stages see the same images in the same order: the teacher answers once for all of them.
-    lessons = Lessons(task.networks["generator"])
+    lessons = Lessons(task.networks["generator"], remembered_batches(task, tuned.batch_size))
     recipe = options.ingredients, DensePair(*pairs["dense"], task.groups["generator"])
     for name in ("l1_slice", "uniform", "pruned"):
         stage_name = f"finetune {name}"
-        pairs[name] = finetune_stage(stage_name, pairs[f"{name}_raw"], lessons, train, tuned, watch, *recipe)
+        raw = pairs[f"{name}_raw"]
+        pairs[name] = finetune_stage(stage_name, task, raw, lessons, train, tuned, watch, *recipe)
     if options.equal_time:
         seconds = watch.seconds["search"] + watch.seconds["references"] + watch.seconds["finetune pruned"]
         longer = replace(tuned, seconds=seconds)
         pairs["uniform_equal_time"] = finetune_stage(
-            "finetune equal time", pairs["uniform_raw"], lessons, train, longer, watch, *recipe
+            "finetune equal time", task, pairs["uniform_raw"], lessons, train, longer, watch, *recipe
         )
     save_pairs(folder, task, pairs, uniform, best.plan)
 
@@ -231,12 +276,19 @@ def run(options: Options, folder: RunFolder, console: Console) -> None:
     with watch.stage("pictures"):
         draw(folder, task, test, pairs, best.plan, uniform)
     protocol = (
-        f"{len(test)} test images of {options.task}; distributions on these and their mirror images, "
+        f"{len(test)} test images of {task.name}; distributions on these and their mirror images, "
         "against the real targets; nothing was chosen on them"
     )
+    evaluation = {"seconds": watch.seconds, "protocol": protocol, "rows": rows}
+    if options.cost == "latency":
+        with watch.stage("latency"):
+            errors = latency_errors(task, {"uniform": uniform, "pruned": best.plan})
+        evaluation["latency"] = errors
     # Written last: a run that has it is finished.
-    write_json(folder.evaluation, {"seconds": watch.seconds, "protocol": protocol, "rows": rows})
+    write_json(folder.evaluation, evaluation)
     evaluation_table(rows, console)
+    if options.cost == "latency":
+        print_latency(errors, console)
     console.print(f"{protocol}\neverything is in {folder.path}", highlight=False, soft_wrap=True)
 
 
@@ -256,7 +308,7 @@ def prepare_weights(
         )
         return save_ranking(folder, weights)
     if not folder.elastic.exists():
-        steps = min(10, options.warm_up) if options.quick else options.warm_up
+        steps = min(QUICK_WARM_UP, options.warm_up) if options.quick else options.warm_up
         with watch.stage("elastic warm-up", steps) as stage:
 
             def on_step(step: int, steps: int, loss: float) -> None:
@@ -264,13 +316,16 @@ def prepare_weights(
                 stage.say(f"L1 to dense {loss:.3f}")
 
             budgets = build_budgets(options.budget)
-            made = warm_up(
-                task, budgets, options.cost, ElasticOptions(steps=steps, seed=options.seed), on_step
-            )
+            made = warm_up(task, budgets, options.cost, elastic_options(task, steps, options.seed), on_step)
         save_elastic(folder.elastic, made, task)
     write_json(folder.elastic_reference, {"start": "elastic", "hash": file_hash(folder.elastic)})
     # Read back even when just made: fp16 on disk, and a resumed run must see the same numbers.
     return save_ranking(folder, load_elastic(folder.elastic, task))
+
+
+def remembered_batches(task: Task, size: int) -> int:
+    """Batches of the teacher's answers that are kept: 0.4 GB in half precision."""
+    return int(4e8 / (2 * size * task.val.targets[0].numel()))
 
 
 def save_ranking(folder: RunFolder, weights: Mapping[str, ElasticNetwork]) -> Mapping[str, ElasticNetwork]:
@@ -292,22 +347,12 @@ def search(
 
     Scorer and environment end with this function: finetuning has use for their memory.
     """
-    with watch.stage("scorer"):
-        scorer = task.scorer(
-            options.cost,
-            weights=weights,
-            probe=sizes.images.probe,
-            statistics_images=sizes.images.statistics,
-            surrogate=find_surrogate(options, sizes, task),
-        )
-    env = build_env(
-        scorer,
-        build_budgets(options.budget),
-        log=folder.evaluations,
-        evaluations=sizes.evaluations,
-        weights=options.weights,
-        reward=options.reward,
+    problem = Problem(
+        options.budget, sizes.evaluations, options.cost, options.start, options.reward, options.weights
     )
+    with watch.stage("scorer"):
+        scorer = problem.scorer(task, weights, sizes.images, shipped=not options.warm_up)
+    env = problem.env(scorer, folder)
     log = env.scorer.log
     assert log is not None
     if log.counted:
@@ -319,15 +364,7 @@ def search(
     with watch.stage("references") as stage:
         env.prepare(stage.at)
     with watch.stage("search", sizes.evaluations) as stage:
-        env.listener = SearchListener(
-            MetricsLog(folder.metrics),
-            scorer.networks,
-            best=lambda: env.best.potential if env.best else None,
-            spent=lambda: (env.scorer.evaluations, sizes.evaluations),
-            stage=stage,
-        )
-        agent.learn(env)
-        env.listener = None
+        learn(env, agent, folder, stage)
     # What is read from the log took its time before the interruption.
     watch.seconds["references"] = round(watch.seconds["references"] + log.reference_seconds, 2)
     watch.seconds["search"] = round(watch.seconds["search"] + log.search_seconds, 2)
@@ -338,42 +375,11 @@ def search(
             highlight=False,
             soft_wrap=True,
         )
-    folder.policy.mkdir(exist_ok=True)
-    agent.save(folder.policy)
-    best = pick(env, agent, folder)
-    return best, env.uniform_plan(best.budgets)
-
-
-def find_surrogate(options: Options, sizes: Sizes, task: Task) -> Surrogate | None:
-    """Predictions of finetuned results, where those that come with the task hold."""
-    shipped = options.start == "elastic" and not options.warm_up and sizes.images.probe is None
-    return task.surrogate(options.cost, budget_ends(build_budgets(options.budget))) if shipped else None
-
-
-def pick(env: PruningEnv, agent: Agent, folder: RunFolder) -> Evaluation:
-    """The best plan that was scored, and beside it what the agents propose in the end.
-
-    Where the budget was a range, plans of different budgets do not compare: the agents' plan at the
-    lowest budget is taken.
-    """
-    lowest = {name: budget.low for name, budget in env.budgets.items()}
-    proposed = env.evaluate(agent.propose(env, lowest), lowest, counted=False)
-    best = proposed if env.best is None else env.best
-    uniform = env.evaluate(env.uniform_plan(best.budgets), best.budgets, counted=False)
-    found = {"best": best, "proposed": proposed, "uniform": uniform}
-    described = {
-        name: {
-            **evaluation.plan.to_dict(),
-            "potential": evaluation.potential,
-            "scores": dict(evaluation.term_scores),
-            "gaps": dict(evaluation.scores.gaps),
-            "budgets": dict(evaluation.budgets),
-            "unused": dict(evaluation.unused),
-        }
-        for name, evaluation in found.items()
-    }
-    write_json(folder.plan, plain(described))
-    return best
+    found = find(env, agent)
+    write_plans(folder, found)
+    credit = write_credit(folder, share_credit(env, found["best"].plan, found["best"].budgets))
+    watch.console.print(describe_credit(credit), highlight=False, soft_wrap=True)
+    return found["best"], found["uniform"].plan
 
 
 def describe(evaluation: Evaluation) -> str:
@@ -384,10 +390,11 @@ def describe(evaluation: Evaluation) -> str:
 
 def finetune_stage(
     name: str,
+    task: Task,
     pair: Pair,
     lessons: Lessons,
     train: PairedImages,
-    options: TrainingOptions,
+    options: TrainingOptions | CycleOptions,
     watch: Watch,
     ingredients: Ingredients,
     dense: DensePair,
@@ -400,7 +407,8 @@ def finetune_stage(
             stage.say(" ".join(f"{key} {value:.3f}" for key, value in progress.losses.items()))
 
         stage_total = 1.0 if options.seconds else options.epochs
-        return finetune(*pair, lessons, train, options, on_epoch, ingredients, dense)
+        trainer = task.finetuner(*pair, lessons, options, ingredients, dense)
+        return trainer.pair(trainer.fit(train, on_epoch))
 
 
 def save_pairs(folder: RunFolder, task: Task, pairs: Mapping[str, Pair], uniform: Plan, best: Plan) -> None:
@@ -422,7 +430,7 @@ def draw(
         label = f"{options.algo}, seed {options.seed}"
         window = max(10, Sizes.of(options).evaluations // 10)
         series = [Series(label, (read_metrics(folder),))]
-        save_figure(curves(series, window, title=options.task), folder.curves)
+        save_figure(curves(series, window, title=task.name), folder.curves)
     networks = [NetworkWidths.of(agent, task.groups[agent], uniform[agent], best[agent]) for agent in AGENTS]
     save_figure(widths(networks, title=f"{task.name}: channels kept"), folder.widths)
     shown = test.take(8)

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor, nn
 from tyro.conf import Positional
 
 from experiments import cli
-from experiments.runs import open_run, read_json
+from experiments.runs import open_run, task_of
 from gan.checkpoints import load_network
 from gan.data import to_float, to_uint8
 from gan.errors import UserError
+from gan.folders import SUFFIXES, Preprocess, as_tensor, open_image
 from gan.tasks import load_task
 
 EXAMPLES = (
@@ -28,7 +30,6 @@ EXAMPLES = (
     ("python experiments/translate.py generator.safetensors --input a --output b", "with a weight file"),
 )
 DESCRIPTION = """Translates every image of a folder; the results keep their names, as PNG."""
-SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".webp", ".gif", ".tif", ".tiff"}
 
 
 @dataclass(frozen=True)
@@ -47,8 +48,42 @@ class Options:
     """Images per pass."""
 
 
-def load_generator(model: Path, dense: bool) -> tuple[nn.Module, int]:
-    """The generator in evaluation mode and the image size that it was trained on.
+@dataclass(frozen=True)
+class Translator:
+    """A generator and what it takes.
+
+    Attributes:
+        network: in evaluation mode.
+        channels: of an input: 3, or 1 for grey.
+        height, width: of the images that it was trained on, in pixels.
+        preprocess: how those were made, for networks of the user's; None: resized.
+    """
+
+    network: nn.Module
+    channels: int
+    height: int
+    width: int
+    preprocess: Preprocess | None
+
+    def read(self, path: Path) -> Tensor:
+        """One image as uint8 (channels, H, W), as the test images were made.
+
+        Raises:
+            UserError: not readable as an image, or too small for the crop.
+        """
+        image = open_image(path)
+        if self.preprocess is not None:
+            try:
+                image = self.preprocess.without_margin()(image)
+            except ValueError as error:
+                raise UserError(f"{path}: {error}; use larger images") from error
+        elif image.size != (self.width, self.height):
+            image = image.resize((self.width, self.height), Image.Resampling.LANCZOS)
+        return as_tensor(image, self.channels)
+
+
+def load_translator(model: Path, dense: bool) -> Translator:
+    """The generator of a run or of a weight file.
 
     Raises:
         UserError: neither a finished run nor a generator's weight file.
@@ -58,17 +93,22 @@ def load_generator(model: Path, dense: bool) -> tuple[nn.Module, int]:
             raise UserError(
                 "--dense needs a run folder, which knows its dense pair; a weight file is used as it is"
             )
-        network, architecture, recipe = load_network(model)
-        if not architecture.is_generator:
-            raise UserError(f"{model} holds the discriminator {architecture.name!r}; name a generator's file")
-        return network, int(recipe.get("image_size", 256))
-    run = open_run(model)
-    if dense:
-        task = load_task(read_json(run.options)["task"])
-        return task.networks["generator"], task.image_size
-    run.require(run.weights("generator"))
-    network, _, recipe = load_network(run.weights("generator"))
-    return network, int(recipe["image_size"])
+        path = model
+    else:
+        run = open_run(model)
+        if dense:
+            task = load_task(task_of(run))
+            channels, height, width = task.val.inputs.shape[1:]
+            return Translator(task.networks["generator"], channels, height, width, task.preprocess)
+        run.require(run.weights("generator"))
+        path = run.weights("generator")
+    network, architecture, recipe = load_network(path)
+    if not architecture.is_generator:
+        raise UserError(f"{model} holds the discriminator {architecture.name!r}; name a generator's file")
+    height = int(recipe.get("image_size", 256))
+    width = int(recipe.get("image_width", height))
+    preprocess = Preprocess(**recipe["preprocess"]) if "preprocess" in recipe else None
+    return Translator(network, architecture.in_channels, height, width, preprocess)
 
 
 def find_images(source: Path) -> list[Path]:
@@ -87,36 +127,13 @@ def find_images(source: Path) -> list[Path]:
     return files
 
 
-def read_image(path: Path, size: int) -> Tensor:
-    """One image as uint8 (3, size, size); others are resized, transparency becomes white.
-
-    Raises:
-        UserError: not readable as an image.
-    """
-    try:
-        with Image.open(path) as image:
-            if image.mode.startswith("I;16"):  # converted as it is, 16-bit grey would be cut off at 255
-                levels = (np.asarray(image) // 256).astype(np.uint8)
-                layered = Image.fromarray(levels).convert("RGBA")
-            else:
-                layered = ImageOps.exif_transpose(image).convert("RGBA")
-    except (UnidentifiedImageError, Image.DecompressionBombError, OSError) as error:
-        raise UserError(
-            f"{path} cannot be read as an image ({error}); remove it or save it again as PNG"
-        ) from error
-    flat = Image.alpha_composite(Image.new("RGBA", layered.size, "white"), layered).convert("RGB")
-    if flat.size != (size, size):
-        flat = flat.resize((size, size), Image.Resampling.LANCZOS)
-    return torch.from_numpy(np.array(flat)).permute(2, 0, 1)
-
-
 def main(options: Options) -> None:
     """Read everything first, then write: an unreadable image leaves no half of a result."""
     if options.batch_size < 1:
         raise UserError(f"--batch-size is {options.batch_size}; it must be 1 or more")
     if options.output.exists() and (not options.output.is_dir() or any(options.output.iterdir())):
         raise UserError(f"--output {options.output} exists and is not empty; name a new folder")
-    generator, size = load_generator(options.model, options.dense)
+    translator = load_translator(options.model, options.dense)
     files = find_images(options.input)
     names = [file.stem for file in files]
     doubled = sorted({name for name in names if names.count(name) > 1})
@@ -124,16 +141,26 @@ def main(options: Options) -> None:
         raise UserError(
             f"several images are called {doubled[0]!r} (results are {doubled[0]}.png); rename one of them"
         )
-    images = torch.stack([read_image(file, size) for file in files])
+    images = [translator.read(file) for file in files]
     started = time.perf_counter()
+    made: list[Tensor] = []
     with torch.no_grad():
-        made = torch.cat([to_uint8(generator(to_float(chunk))) for chunk in images.split(options.batch_size)])
+        for batch in batches(images, options.batch_size):
+            made += to_uint8(translator.network(to_float(batch)))
     seconds = time.perf_counter() - started
     options.output.mkdir(parents=True, exist_ok=True)
     for name, image in zip(names, made, strict=True):
-        Image.fromarray(image.permute(1, 2, 0).numpy()).save(options.output / f"{name}.png")
+        pixels = image[0] if len(image) == 1 else image.permute(1, 2, 0)
+        Image.fromarray(pixels.numpy()).save(options.output / f"{name}.png")
     each = 1e3 * seconds / len(files)
-    print(f"{len(files)} images of {size} × {size} pixels in {options.output}; {each:.1f} ms each")
+    sizes = sorted({f"{image.shape[-1]} × {image.shape[-2]}" for image in made})
+    print(f"{len(files)} images of {', '.join(sizes)} pixels in {options.output}; {each:.1f} ms each")
+
+
+def batches(images: Sequence[Tensor], size: int) -> Iterator[Tensor]:
+    """Stacks of neighbours of one size."""
+    for _, alike in itertools.groupby(images, key=lambda image: image.shape):
+        yield from torch.stack(list(alike)).split(size)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from experiments.build import ImageCounts, finetuning, pick_device
+from experiments.build import ImageCounts, finetuning_of, pick_device
 from experiments.workers import work_off
 from gan.append_log import AppendLog
 from gan.checkpoints import state_hash
@@ -23,9 +23,10 @@ from gan.errors import UserError, unknown
 from gan.evaluation import Judge
 from gan.features import load_extractor
 from gan.files import file_hash
+from gan.loop import TrainingProgress
 from gan.plans import Plan
 from gan.tasks import AGENTS, Task, load_elastic, load_task
-from gan.training import Lessons, TrainingProgress, finetune
+from gan.training import Lessons
 
 Split = Literal["val", "test"]
 Discriminator = Literal["pruned", "dense"]
@@ -65,6 +66,7 @@ class TrialResult:
             images minus that on made ones.
         margin_spread: standard deviation of that margin over the steps.
         seconds: of finetuning and measuring.
+        margins: that margin in every training step; empty where a log of an older version has none.
     """
 
     trial: Trial
@@ -73,6 +75,7 @@ class TrialResult:
     margin_mean: float
     margin_spread: float
     seconds: float
+    margins: tuple[float, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready form; :meth:`from_dict` reads it back."""
@@ -87,13 +90,16 @@ class TrialResult:
             "margin_mean": self.margin_mean,
             "margin_spread": self.margin_spread,
             "seconds": round(self.seconds, 2),
+            "margins": [round(margin, 4) for margin in self.margins],
         }
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TrialResult:
         trial = Trial(data["label"], Plan.from_dict(data["plan"]), data["seed"], data["discriminator"])
         numbers = (data[name] for name in ("margin_mean", "margin_spread", "seconds"))
-        return cls(trial, dict(data["raw"]), dict(data["row"]), *map(float, numbers))
+        margins = tuple(map(float, data.get("margins", ())))
+        mean, spread, seconds = map(float, numbers)
+        return cls(trial, dict(data["raw"]), dict(data["row"]), mean, spread, seconds, margins)
 
 
 @dataclass(frozen=True)
@@ -166,7 +172,7 @@ class Settings:
 
     def fingerprint(self, task: Task) -> dict[str, Any]:
         """What the results depend on: the header of their log."""
-        options = asdict(finetuning(self.epochs, 0, task.device, self.seconds))
+        options = asdict(finetuning_of(task, self.epochs, 0, self.seconds))
         extractor = load_extractor(device=task.device)
         # Named only where there are any: logs of finetunings without them stay readable.
         added = {} if self.ingredients == NO_INGREDIENTS else {"ingredients": asdict(self.ingredients)}
@@ -228,17 +234,11 @@ class Workbench:
             margins.extend(progress.margins)
 
         settings = self.settings
-        options = finetuning(settings.epochs, trial.seed, self.task.device, settings.seconds)
+        options = finetuning_of(self.task, settings.epochs, trial.seed, settings.seconds)
         try:
-            tuned = finetune(
-                *pair,
-                self.lessons(trial.seed),
-                self.train,
-                options,
-                on_epoch,
-                settings.ingredients,
-                self.dense,
-            )
+            lessons = self.lessons(trial.seed)
+            trainer = self.task.finetuner(*pair, lessons, options, settings.ingredients, self.dense)
+            tuned = trainer.pair(trainer.fit(self.train, on_epoch))
         except UserError as error:  # it has diverged
             raise UserError(f"{trial.label}, seed {trial.seed}: {error}") from error
         return TrialResult(
@@ -248,6 +248,7 @@ class Workbench:
             statistics.fmean(margins),
             statistics.pstdev(margins),
             time.perf_counter() - started,
+            tuple(round(margin, 4) for margin in margins),
         )
 
     def pair(self, trial: Trial) -> tuple[nn.Module, nn.Module]:

@@ -13,15 +13,24 @@ from PIL import Image
 from experiments.figures import (
     MOST_SERIES,
     Cloud,
+    Estimates,
+    GapHistory,
+    Line,
+    LinePanel,
+    Margins,
     NetworkWidths,
     Series,
+    balance,
     band,
     calibration,
     curves,
+    improvements,
+    intervals,
     moving_average,
     samples,
     save_figure,
     save_image,
+    score_curves,
     widths,
 )
 from gan.errors import UserError
@@ -164,3 +173,73 @@ def test_calibration_draws_a_panel_per_term_with_its_tau_and_the_range_of_the_se
     assert points == {(2.0,), (2.0, 4.5)}
     bars = [path.vertices[:, 1].tolist() for c in figure.axes[0].collections for path in c.get_paths()]
     assert sorted(bars) == [[1.0, 3.0], [2.0, 2.0], [4.0, 5.0]]
+
+
+def line(label: str, end: float, points: int = 30, band: bool = True) -> Line:
+    y = np.linspace(0, end, points)
+    spread = 0.1 if band else np.nan
+    return Line(label, np.arange(1.0, points + 1), y, y - spread, y + spread)
+
+
+def test_score_curves_are_named_in_the_order_of_their_ends() -> None:
+    panels = [
+        LinePanel("one", (line("low", 0.5), line("high", 2.0), line("alone", 1.0, band=False))),
+        LinePanel("two", (line("low", 0.5), line("high", 2.0))),
+    ]
+    figure = score_curves(panels, "score")
+    names = [text.get_text() for text in figure.legends[0].get_texts()]
+    assert names == ["high", "alone", "low"]
+    first, second = figure.axes
+    assert (len(first.collections), len(second.collections)) == (2, 2)  # a line without a band has none
+    looks = [{one.get_color(): one.get_marker() for one in axes.lines[:2]} for axes in (first, second)]
+    assert looks[0] == looks[1]  # a label looks alike in all panels
+    assert first.get_ylabel() == "score"
+
+
+def test_sixteen_curves_differ_in_grey_and_more_are_refused() -> None:
+    names = [str(number) for number in range(2 * MOST_SERIES)]
+    figure = score_curves([LinePanel("", tuple(line(name, 1.0) for name in names))], "score")
+    drawn = figure.axes[0].lines[: len(names)]
+    looks = {(one.get_marker(), one.get_linestyle(), str(one.get_markerfacecolor())) for one in drawn}
+    assert len(looks) == len(names)
+    with pytest.raises(UserError, match="at most 16"):
+        score_curves([LinePanel("", tuple(line(name, 1.0) for name in [*names, "x"]))], "score")
+
+
+def test_improvements_show_numbers_and_intervals(tmp_path: Path) -> None:
+    values = np.array([[np.nan, 0.75], [0.25, np.nan]])
+    bounds = np.array([[[np.nan, np.nan], [0.5, 0.9]], [[np.nan, np.nan], [np.nan, np.nan]]])
+    figure = improvements(["a", "b"], values, bounds)
+    assert [text.get_text() for text in figure.axes[0].texts] == ["0.75\n0.50–0.90", "0.25"]
+    assert save_figure(figure, tmp_path / "x.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_balance_draws_what_there_is() -> None:
+    history = GapHistory((1.0, 0.5, 0.75), (1.0, 0.5, 0.5), 1.0)
+    steps = np.sin(np.arange(100.0))
+    both = [Margins("pruned", [steps, steps + 1]), Margins("whole", [2 * steps]), Margins("none", [()])]
+    figure = balance(history, both, "title")
+    left, right = figure.axes
+    assert [text.get_text() for text in left.get_legend().get_texts()] == [
+        "every plan",
+        "best plan so far",
+        "uniform plan",
+    ]
+    names = [text.get_text() for text in right.get_legend().get_texts()]
+    assert names == [f"pruned (spread {steps.std():.2f})", f"whole (spread {2 * steps.std():.2f})"]
+    assert "lowest to highest" in right.get_title(loc="left")
+    assert len(balance(None, both[1:2]).axes) == len(balance(GapHistory((1.0,), (), 1.0)).axes) == 1
+    with pytest.raises(ValueError, match="neither"):
+        balance(None)
+
+
+def test_intervals_of_rows_of_different_length() -> None:
+    panel = Estimates(
+        "x", ("a", "b"), np.array([[1.0, 2.0], [3.0, np.nan]]), np.array([[0.0, 3.0], [np.nan] * 2])
+    )
+    axes = intervals([panel], "gap").axes[0]
+    centres = [one.get_xdata()[0] for one in axes.lines if one.get_marker() == "o"]
+    assert centres == [1.5, 3.0]
+    given = Estimates("x", ("a",), np.array([[1.0, 2.0]]), np.array([[0.0, 3.0]]), np.array([1.75]))
+    axes = intervals([given], "gap").axes[0]
+    assert [one.get_xdata()[0] for one in axes.lines if one.get_marker() == "o"] == [1.75]

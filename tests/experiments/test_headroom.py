@@ -57,7 +57,7 @@ def test_shapes_fit_any_generator(name: str) -> None:
 
 def test_plans_of_a_search() -> None:
     env = toy_env(40)
-    build_agent("cmaes").learn(env)
+    build_agent("cma-es").learn(env)
     content = compare_plans(env)
     plans = {name: Plan.from_dict(plan) for name, plan in content["plans"].items()}
     assert list(plans) == ["uniform", *SHAPES, "found"]
@@ -99,7 +99,7 @@ class Work:
     def search(self, cell: Cell, folder: headroom.CellFolder, *_: Any) -> dict[str, Any]:
         self.searches += 1
         env = toy_env(20)
-        build_agent("cmaes").learn(env)
+        build_agent("cma-es").learn(env)
         return compare_plans(env)
 
     def run_trials(
@@ -183,7 +183,7 @@ def test_one_seed_has_no_interval(work: Work, tmp_path: Path) -> None:
         (["--cell", CELL, "--cell", CELL], "twice"),
         (["--cell", CELL, "--seeds", "0"], "--seeds is 0"),
         (["--cell", CELL, "--epochs", "0"], "--epochs is 0"),
-        (["--cell", CELL, "--algo", "cmes"], "did you mean 'cmaes'"),
+        (["--cell", CELL, "--algo", "cmes"], "did you mean 'cma-es'"),
         ([], "no cell"),
     ],
 )

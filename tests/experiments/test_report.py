@@ -2,10 +2,14 @@ from __future__ import annotations
 
 import io
 
+import pytest
 from rich.console import Console
 
-from experiments.report import SHOWN, evaluation_table
+from experiments.report import SHOWN, evaluation_table, latency_errors, print_latency
 from gan.evaluation import COLUMNS
+from gan.latency import measure_latency
+from gan.plans import Plan
+from gan.tasks import load_task
 
 
 def row(value: float) -> dict[str, float]:
@@ -30,3 +34,35 @@ def test_the_table_shows_every_figure_in_80_columns() -> None:
 
 def test_every_column_of_a_row_is_shown_or_stands_in_the_title() -> None:
     assert {key for key, _, _ in SHOWN} | {"n_images"} == set(COLUMNS)
+
+
+def test_a_latency_budget_is_compared_with_the_clock() -> None:
+    task = load_task()
+    tables = {
+        agent: measure_latency(
+            network,
+            task.groups[agent],
+            [task.example(agent)],
+            task.multiples[agent],
+            points=2,
+            rounds=1,
+            runs=1,
+        )
+        for agent, network in task.networks.items()
+    }
+    known = task.with_latency(tables)
+    plan = Plan.of({"generator": (8,) * 11, "discriminator": (4,) * 4})
+    errors = latency_errors(known, {"pruned": plan}, rounds=1)
+    assert {agent: list(rows) for agent, rows in errors.items()} == {
+        agent: ["dense", "pruned"] for agent in ("generator", "discriminator")
+    }
+    row = errors["generator"]["pruned"]
+    assert row["table_ms"] == pytest.approx(
+        float(known.cost_model("generator").milliseconds(plan["generator"])), abs=1e-4
+    )
+    assert row["error"] == pytest.approx(row["table_ms"] / row["measured_ms"] - 1, rel=0.01, abs=0.01)
+    text = io.StringIO()
+    rows = {"dense": {"table_ms": 8.0, "measured_ms": 10.0, "error": -0.2}}
+    rows["pruned"] = {"table_ms": 2.0, "measured_ms": 2.0, "error": 0.0}
+    print_latency({"generator": rows}, Console(file=text, width=200))
+    assert "pruned: 2.00 ms (25.0%) by the table, 2.00 ms (20.0%) measured: error +0.0%" in text.getvalue()

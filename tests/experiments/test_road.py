@@ -59,7 +59,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_run_folder_holds_everything(work: Path) -> None:
     names = {path.name for path in (work / RUN).iterdir()}
     expected = {"options.json", "run.json", "metrics.csv", "evaluations.jsonl", "tensorboard", "policy"}
-    expected |= {"plan.json", "ranking.json", "elastic.json", "evaluation.json"}
+    expected |= {"plan.json", "credit.json", "ranking.json", "elastic.json", "evaluation.json"}
     expected |= {"curves.png", "widths.png", "samples.png"}
     for stage in ("", "_raw", "_uniform"):
         for network in ("generator", "discriminator"):
@@ -114,6 +114,23 @@ def test_resume_repeats_the_search_from_the_log(work: Path, tmp_path: Path) -> N
     assert after["best"]["widths"] == before["best"]["widths"]
     plans = [json.loads(line)["plan"] for line in whole[1:]]
     assert [json.loads(line)["plan"] for line in log.read_text().splitlines()[1:]] == plans
+
+
+def test_credit_and_balance_of_a_run(work: Path, tmp_path: Path) -> None:
+    shutil.copytree(work / RUN, tmp_path / "run")
+    done = call(tmp_path, "credit.py", "run", "--workers", "1")
+    assert done.returncode == 0, done.stderr
+    before, after = (
+        json.loads((folder / "credit.json").read_text()) for folder in (work / RUN, tmp_path / "run")
+    )
+    assert after == before
+    best = json.loads((tmp_path / "run" / "plan.json").read_text())["best"]
+    assert sum(after["shapley"].values()) == pytest.approx(after["joint"]) == pytest.approx(best["potential"])
+    balance = json.loads((tmp_path / "run" / "balance.json").read_text())
+    assert balance["search"]["best"][-1] == best["gaps"]["balance_gap"]
+    assert len(balance["finetuning"]) == 2
+    with Image.open(tmp_path / "run" / "balance.png") as image:
+        assert image.width > 1000
 
 
 def test_finished_runs_and_other_options_are_not_resumed(work: Path) -> None:

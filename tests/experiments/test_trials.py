@@ -76,8 +76,8 @@ def test_the_teacher_answers_once_a_seed(bench: Workbench) -> None:
 
 
 def test_a_training_that_diverges_is_named(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
-    usual = trials.finetuning
-    monkeypatch.setattr(trials, "finetuning", lambda *x: replace(usual(*x), learning_rate=1e30))
+    usual = trials.finetuning_of
+    monkeypatch.setattr(trials, "finetuning_of", lambda *x: replace(usual(*x), learning_rate=1e30))
     with pytest.raises(UserError, match=r"plan x, seed 3: the .* loss is no longer finite"):
         bench(Trial("plan x", PLAN, 3))
 

@@ -1,0 +1,53 @@
+"""Check your own networks and images, and write them as a task that every program takes by --task."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from tyro.conf import OmitArgPrefixes
+
+from experiments import cli
+from experiments.build import pick_device
+from gan.errors import UserError
+from gan.own_task import OwnOptions, make_own_task, save_own_task
+from gan.tasks import own_task
+
+EXAMPLES = (
+    (
+        "python experiments/make_task.py --generator latest_net_G.pth --discriminator latest_net_D.pth "
+        "--data facades --output tasks/facades",
+        "what was inferred is printed",
+    ),
+    ("python experiments/evaluate.py --task tasks/facades --start dense", "then: any program"),
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """Options of ``make_task.py``."""
+
+    output: Path
+    """New folder for the task; its elastic weights may join it later as elastic.safetensors."""
+    own: Annotated[OwnOptions, OmitArgPrefixes] = field(default_factory=OwnOptions)
+    """Your own networks and images."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the norm statistics are tried out."""
+
+
+def main(options: Options) -> None:
+    """Infer, check, choose, write."""
+    if options.output.exists():
+        raise UserError(f"--output {options.output} exists; name a new folder")
+    own = make_own_task(options.own, pick_device(options.device))
+    task = own_task(own)  # finds the channel groups, or says which layer is in their way
+    print("\n".join(own.notes))
+    for agent, groups in task.groups.items():
+        print(f"{agent}: {len(groups)} channel groups, widths are multiples of {task.multiples[agent]}")
+    save_own_task(options.output, own)
+    print(f"{options.output}: use it with --task {options.output}")
+
+
+if __name__ == "__main__":
+    cli.run(main, Options, __doc__ or "", EXAMPLES)
