@@ -25,7 +25,7 @@ from gan.features import load_extractor
 from gan.files import file_hash
 from gan.plans import Plan
 from gan.tasks import AGENTS, Task, load_elastic, load_task
-from gan.training import Lessons, TrainingProgress, finetune
+from gan.training import Lessons, TrainingOptions, TrainingProgress, finetune
 
 Split = Literal["val", "test"]
 Discriminator = Literal["pruned", "dense"]
@@ -110,6 +110,7 @@ class Settings:
         device: where the networks run.
         seconds: finetune for so long instead of for ``epochs``; None = epochs.
         ingredients: what finetuning adds to native losses and output distillation.
+        training: fields of ``gan.training.TrainingOptions`` that differ from those of finetuning.
     """
 
     task: str
@@ -121,6 +122,7 @@ class Settings:
     device: str = "cpu"
     seconds: float | None = None
     ingredients: Ingredients = field(default_factory=Ingredients)
+    training: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -149,6 +151,10 @@ class Settings:
             raise UserError(f"trials train for {self.seconds} seconds; they need more than 0")
         self.ingredients.check()
 
+    def options(self, seed: int, device: torch.device) -> TrainingOptions:
+        """Those of one finetuning."""
+        return replace(finetuning(self.epochs, seed, device, self.seconds), **self.training)
+
     def elastic(self, task: Task) -> Mapping[str, ElasticNetwork]:
         """The weights that plans are cut from."""
         if self.weights in ("elastic", "dense"):
@@ -166,7 +172,7 @@ class Settings:
 
     def fingerprint(self, task: Task) -> dict[str, Any]:
         """What the results depend on: the header of their log."""
-        options = asdict(finetuning(self.epochs, 0, task.device, self.seconds))
+        options = asdict(self.options(0, task.device))
         extractor = load_extractor(device=task.device)
         # Named only where there are any: logs of finetunings without them stay readable.
         added = {} if self.ingredients == NO_INGREDIENTS else {"ingredients": asdict(self.ingredients)}
@@ -228,7 +234,7 @@ class Workbench:
             margins.extend(progress.margins)
 
         settings = self.settings
-        options = finetuning(settings.epochs, trial.seed, self.task.device, settings.seconds)
+        options = settings.options(trial.seed, self.task.device)
         try:
             tuned = finetune(
                 *pair,

@@ -27,6 +27,7 @@ from gan.distillation import (
     recorded,
     some_places,
 )
+from gan.elastic import ElasticOptions, teaching_images
 from gan.errors import UserError, unknown
 from gan.losses import AdversarialKind, discriminator_loss, generator_loss, output_distillation, paired_input
 from gan.norm_statistics import cumulative_statistics
@@ -279,6 +280,7 @@ class PairedTrainer:
         self.matching: DiscriminatorMatching | None = None
         self.perceptual = PerceptualDistance(device=self.device) if ingredients.perceptual > 0 else None
         self.taps: tuple[str, ...] = ()
+        self.unseen: Iterator[tuple[Tensor, Tensor]] | None = None  # anew in each epoch
         if dense is not None:
             self._add(dense)
         self.epoch = self.steps = 0
@@ -315,7 +317,7 @@ class PairedTrainer:
                 native,
             )
             self.online.taps = self.taps
-        elif ingredients.teaches_maps or ingredients.variants:
+        elif ingredients.teaches_maps or ingredients.variants or ingredients.unseen:
             self.teacher = Teacher(dense.generator, self.taps, options.amp)
         if ingredients.matching != "none":
             self.matching = DiscriminatorMatching(dense.discriminator, options.amp)
@@ -432,6 +434,10 @@ class PairedTrainer:
             perceived = self.perceptual(fake, targets)
             loss = loss + ingredients.perceptual * perceived
             losses["perceptual"] = perceived.detach()
+        if self.unseen is not None:
+            followed = self._follow(next(self.unseen)[0].to(self.device))
+            loss = loss + followed
+            losses["unseen"] = followed.detach()
         self.generator_optimizer.zero_grad(set_to_none=True)
         if self.adapter_optimizer is not None:
             self.adapter_optimizer.zero_grad(set_to_none=True)
@@ -463,6 +469,17 @@ class PairedTrainer:
             return self.teacher(inputs, self.steps)
         return None if self.lessons is None else Lesson(self.lessons(self.steps, inputs), {}, self.steps)
 
+    def _follow(self, inputs: Tensor) -> Tensor:
+        """Weighted distance (0-d) to what the teacher makes of further inputs (N, 3, H, W)."""
+        assert self.teacher is not None
+        lesson = self.teacher(inputs, self.steps)
+        with recorded(self.generator, self.taps) as maps:
+            made = _run(self.generator, inputs, self.options.amp)
+        loss = self.options.distillation * output_distillation(made, lesson.outputs)
+        if self.distance is not None:
+            loss = loss + self.ingredients.feature_weight * self.distance(maps, lesson)
+        return loss
+
     def _average(self) -> None:
         # A short warm-up of the decay: the average must not stay at the first weights in short trainings.
         decay = min(self.options.ema, (1 + self.steps) / (10 + self.steps))
@@ -486,6 +503,11 @@ class PairedTrainer:
     def _epoch(self, pairs: PairedImages) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """The batches of one epoch: (inputs, targets) float32 in [−1, 1], and the rows."""
         options, variants = self.options, self.ingredients.variants
+        if self.ingredients.unseen:
+            # Random numbers of its own, by epoch: the other images stay the same, and so does a resumed run.
+            drawn = torch.Generator().manual_seed((options.seed + 3) * 1_000_003 + self.epoch)
+            images = ElasticOptions(batch_size=self.ingredients.unseen)
+            self.unseen = teaching_images(pairs, images, drawn)
         if not variants:
             yield from batches(pairs, options.batch_size, self.random, options.shift)
             return
