@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from gan.checkpoints import state_hash
 from gan.data import PairedImages
 from gan.distillation import (
-    PLACES,
     NO_INGREDIENTS,
+    PLACES,
     DensePair,
     DiscriminatorMatching,
     FeatureDistance,
@@ -370,7 +370,7 @@ def test_unseen_images_teach_what_the_dense_generator_makes_of_them(dense: Dense
     steps = [seen for epoch in range(2) for seen in unseen_of(trainer, epoch)]
     assert all(images.shape[0] == 3 for images in steps)
     assert len({float(images.sum()) for images in steps}) == len(steps)  # nothing comes twice
-    assert all(map(torch.equal, unseen_of(trainer, 1), unseen_of(trainer, 1)))  # so a resumed run sees the same
+    assert all(map(torch.equal, unseen_of(trainer, 1), unseen_of(trainer, 1)))  # and after a pause
     plain = finetuner(*student(), dense.generator, OPTIONS, NO_INGREDIENTS, dense)
     for one, other in zip(plain._epoch(tiny_pairs(8)), trainer._epoch(tiny_pairs(8)), strict=True):
         assert all(map(torch.equal, one, other))  # the training images are those of any finetuning
