@@ -371,8 +371,11 @@ def test_unseen_images_teach_what_the_dense_generator_makes_of_them(dense: Dense
     assert all(images.shape[0] == 3 for images in steps)
     assert len({float(images.sum()) for images in steps}) == len(steps)  # nothing comes twice
     assert all(map(torch.equal, unseen_of(trainer, 1), unseen_of(trainer, 1)))  # and after a pause
-    plain = finetuner(*student(), dense.generator, OPTIONS, NO_INGREDIENTS, dense)
-    for one, other in zip(plain._epoch(tiny_pairs(8)), trainer._epoch(tiny_pairs(8)), strict=True):
+    plain, trained = (
+        finetuner(*student(), dense.generator, OPTIONS, ingredients, dense)._epoch(tiny_pairs(8))
+        for ingredients in (NO_INGREDIENTS, Ingredients(unseen=3))
+    )
+    for one, other in zip(plain, trained, strict=True):
         assert all(map(torch.equal, one, other))  # the training images are those of any finetuning
     inputs = steps[0]
     assert float(trainer._follow(inputs)) > 0
