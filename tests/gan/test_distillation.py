@@ -378,9 +378,9 @@ def test_unseen_images_teach_what_the_dense_generator_makes_of_them(dense: Dense
     for one, other in zip(plain, trained, strict=True):
         assert all(map(torch.equal, one, other))  # the training images are those of any finetuning
     inputs = steps[0]
-    assert float(trainer._follow(inputs)) > 0
+    assert float(trainer._follow(inputs).detach()) > 0
     trainer.generator = copy.deepcopy(dense.generator).eval()
-    assert float(trainer._follow(inputs)) == pytest.approx(0, abs=1e-6)
+    assert float(trainer._follow(inputs).detach()) == pytest.approx(0, abs=1e-6)
 
 
 def unseen_of(trainer: PairedTrainer, epoch: int) -> list[Tensor]:
