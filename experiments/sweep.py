@@ -34,8 +34,8 @@ from gan.files import write_json, write_text
 from gan.plans import Plan
 from gan.tasks import load_task
 
-DESCRIPTION = """Prunes to several shares of the cost: uniformly, as the agents find, and by the usual L1 slice
-of the dense weights. Finetunes all equally and draws quality against cost, the dense pair as a line."""
+DESCRIPTION = """Prunes to several shares of the cost: uniformly, as the agents find, and by the usual L1
+slice of the dense weights. Finetunes all equally and draws quality against cost, the dense pair as a line."""
 EXAMPLES = (
     ("python experiments/sweep.py", "50 % to 1 % of the MACs, one seed"),
     ("python experiments/sweep.py --shares 0.25 0.1 0.04 --seeds 3", "fewer shares, more seeds"),
