@@ -114,27 +114,6 @@ def augment(inputs: Tensor, targets: Tensor, shift: int, generator: torch.Genera
     return inputs[at], targets[at]
 
 
-def mix(inputs: Tensor, targets: Tensor, share: float, random: torch.Generator) -> tuple[Tensor, Tensor]:
-    """A share of the pairs gets a patch of the pair before it, at the same place in input and target.
-
-    Yun et al., "CutMix", ICCV 2019, for pairs: what belongs together stays together. The patch has a quarter
-    to half of the height and of the width.
-
-    Args:
-        inputs: (N, 3, H, W), ``targets`` alike; neither is changed.
-    """
-    n, _, height, width = inputs.shape
-    chosen = torch.rand(n, generator=random) < share
-    inside = []
-    for size in (height, width):
-        start = (torch.rand(n, generator=random) * size / 2).long()
-        length = ((0.25 + 0.25 * torch.rand(n, generator=random)) * size).long()
-        places = torch.arange(size)[None]
-        inside.append((places >= start[:, None]) & (places < (start + length)[:, None]))
-    patch = (inside[0][:, :, None] & inside[1][:, None] & chosen[:, None, None])[:, None]
-    return torch.where(patch, inputs.roll(1, 0), inputs), torch.where(patch, targets.roll(1, 0), targets)
-
-
 def batches(
     pairs: PairedImages, size: int, generator: torch.Generator, shift: int = 0, augmented: bool = True
 ) -> Iterator[tuple[Tensor, Tensor, Tensor]]:

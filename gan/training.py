@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gan.data import PairedImages, augment, batches, mix
+from gan.data import PairedImages, augment, batches
 from gan.distillation import (
     NO_INGREDIENTS,
     DensePair,
@@ -47,11 +47,6 @@ class TrainingOptions:
     """The discriminator's learning rate as a share of that: on a thousand images it wins too soon."""
     jitter: float = 0.2
     """Strength of the colour augmentation of what the discriminator sees."""
-    cutout: float = 0.0
-    """Share of the images, real and made, of which a square of half the height is hidden from the
-    discriminator."""
-    mixing: float = 0.0
-    """Share of the training pairs that get a patch of another pair: edges and colours still fit together."""
     decay_from: float = 0.5
     """Share of the training after which the learning rate falls linearly to 0."""
     adversarial: AdversarialKind = "vanilla"
@@ -142,21 +137,6 @@ def colour_jitter(images: Tensor, strength: float, random: torch.Generator) -> T
     return mean + (images - mean) * (1 + draws[2])
 
 
-def cut_out(images: Tensor, share: float, random: torch.Generator) -> Tensor:
-    """Images (N, C, H, W) of which a share lacks a square of half the height: 0 there, in all channels.
-
-    Like :func:`colour_jitter` a differentiable augmentation against memorising (Zhao et al. 2020).
-    """
-    n, _, height, width = images.shape
-    chosen = torch.rand(n, generator=random) < share
-    top, left = ((torch.rand(n, generator=random) * size).long() for size in (height, width))
-    half = height // 4
-    rows, columns = torch.arange(height)[None], torch.arange(width)[None]
-    hidden = [(one[0] - one[1][:, None]).abs() < half for one in ((rows, top), (columns, left))]
-    seen = ~(hidden[0][:, :, None] & hidden[1][:, None] & chosen[:, None, None])[:, None]
-    return images * seen.to(images.device)
-
-
 CYCLES = 4
 """Of the schedule with warm restarts: 1/15, 2/15, 4/15 and 8/15 of the training."""
 
@@ -221,10 +201,7 @@ class Critic:
         """Logits of colour-jittered images."""
         if self.options.jitter > 0:
             images = colour_jitter(images, self.options.jitter, self.random)
-        pair = paired_input(inputs, images)
-        if self.options.cutout > 0:
-            pair = cut_out(pair, self.options.cutout, self.random)
-        return _run(self.network, pair, self.options.amp)
+        return _run(self.network, paired_input(inputs, images), self.options.amp)
 
     def state_dict(self) -> dict[str, Any]:
         return {
@@ -532,17 +509,11 @@ class PairedTrainer:
             images = ElasticOptions(batch_size=self.ingredients.unseen)
             self.unseen = teaching_images(pairs, images, drawn)
         if not variants:
-            for inputs, targets, rows in batches(pairs, options.batch_size, self.random, options.shift):
-                if options.mixing > 0:
-                    inputs, targets = mix(inputs, targets, options.mixing, self.random)
-                yield inputs, targets, rows
+            yield from batches(pairs, options.batch_size, self.random, options.shift)
             return
         variant = self.epoch % variants
         drawn = torch.Generator().manual_seed(options.seed * 1_000_003 + variant)
-        images = augment(pairs.inputs, pairs.targets, options.shift, drawn)
-        if options.mixing > 0:
-            images = mix(*images, options.mixing, drawn)
-        moved = PairedImages(*images, pairs.names)
+        moved = PairedImages(*augment(pairs.inputs, pairs.targets, options.shift, drawn), pairs.names)
         if self.teacher is not None:
             self.teacher.study(variant, moved.tensors()[0], options.batch_size)
         yield from batches(moved, options.batch_size, self.random, augmented=False)
