@@ -115,7 +115,8 @@ RECIPES: dict[str, Recipe] = {
     "hinge": Recipe(training={"adversarial": "hinge"}),
     "jitter_04": Recipe(training={"jitter": 0.4}),
     "rate_1e3": Recipe(training={"learning_rate": 1e-3}),
-    "rate_2e4": Recipe(training={"learning_rate": 2e-4}),
+    "rate_4e3": Recipe(training={"learning_rate": 4e-3}),
+    "rate_5e4": Recipe(training={"learning_rate": 5e-4}),
     "ema_0998": Recipe(training={"ema": 0.998}),
 }
 """Name → what it changes in the finetuning that is the default."""
