@@ -553,6 +553,58 @@ def intervals(panels: Sequence[Estimates], label: str, title: str = "") -> Figur
     return figure
 
 
+@dataclass(frozen=True)
+class Curve:
+    """One line of :func:`quality_curves`.
+
+    Attributes:
+        label: in the legend.
+        places: (n,) shares of the cost, rising.
+        values: (n, k) one value for each of k seeds.
+    """
+
+    label: str
+    places: NDArray[np.float64]
+    values: NDArray[np.float64]
+
+
+def quality_curves(
+    panels: Mapping[str, Sequence[Curve]], dense: Mapping[str, float], label: str, title: str = ""
+) -> Figure:
+    """Quality against cost on a logarithmic axis, a panel for each figure.
+
+    Args:
+        panels: title → lines; means over the seeds, with a band from the smallest to the largest.
+        dense: title → value of the dense pair, drawn as a line.
+        label: of the horizontal axes.
+        title: of the figure.
+    """
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(3.4 * len(panels) + 0.6, 3.6), layout="constrained")
+        FigureCanvasAgg(figure)
+        drawn = figure.subplots(1, len(panels), squeeze=False)[0]
+        for axes, (name, lines) in zip(drawn, panels.items(), strict=True):
+            axes.axhline(dense[name], color="0.35", linewidth=1.2, linestyle="--", label="dense")
+            for place, line in enumerate(lines):
+                colour, marker = COLOURS[place], MARKERS[place]
+                axes.plot(
+                    line.places, line.values.mean(1), color=colour, marker=marker, ms=5, label=line.label
+                )
+                if line.values.shape[1] > 1:
+                    low, high = line.values.min(1), line.values.max(1)
+                    axes.fill_between(line.places, low, high, color=colour, alpha=0.15, linewidth=0)
+            axes.set_xscale("log")
+            places = sorted({float(x) for line in lines for x in line.places})
+            axes.set_xticks(places, [f"{100 * x:g} %" for x in places], fontsize=8)
+            axes.minorticks_off()
+            axes.set_title(name)
+            axes.set_xlabel(label, fontsize=8)
+        drawn[0].legend(fontsize=9)
+        if title:
+            figure.suptitle(title, x=0.01, ha="left")
+    return figure
+
+
 def learning_curve(frame: pd.DataFrame, dense: Mapping[str, float], title: str = "") -> Figure:
     """KID and L1 on val over a finetuning, the start at 0, the dense pair as a line.
 

@@ -349,7 +349,7 @@ def search(cell: Cell, folder: CellFolder, options: Options, watch: Watch) -> di
         log=folder.evaluations,
         evaluations=sizes.evaluations,
         weights=Weights(),
-        reward="step",
+        reward="final",
     )
     with watch.stage("references") as stage:
         env.prepare(stage.at)

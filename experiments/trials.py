@@ -16,6 +16,7 @@ from experiments.build import ImageCounts, finetuning_of, pick_device
 from experiments.workers import work_off
 from gan.append_log import AppendLog
 from gan.checkpoints import state_hash
+from gan.cyclegan import CycleOptions
 from gan.data import PairedImages
 from gan.distillation import NO_INGREDIENTS, DensePair, Ingredients
 from gan.elastic import ElasticNetwork
@@ -26,7 +27,7 @@ from gan.files import file_hash
 from gan.loop import TrainingProgress
 from gan.plans import Plan
 from gan.tasks import AGENTS, Task, load_elastic, load_task
-from gan.training import Lessons
+from gan.training import Lessons, TrainingOptions
 
 Split = Literal["val", "test"]
 Discriminator = Literal["pruned", "dense"]
@@ -116,6 +117,7 @@ class Settings:
         device: where the networks run.
         seconds: finetune for so long instead of for ``epochs``; None = epochs.
         ingredients: what finetuning adds to native losses and output distillation.
+        training: fields of ``gan.training.TrainingOptions`` that differ from those of finetuning.
     """
 
     task: str
@@ -127,6 +129,7 @@ class Settings:
     device: str = "cpu"
     seconds: float | None = None
     ingredients: Ingredients = field(default_factory=Ingredients)
+    training: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -155,6 +158,10 @@ class Settings:
             raise UserError(f"trials train for {self.seconds} seconds; they need more than 0")
         self.ingredients.check()
 
+    def options(self, seed: int, task: Task) -> TrainingOptions | CycleOptions:
+        """Those of one finetuning."""
+        return replace(finetuning_of(task, self.epochs, seed, self.seconds), **self.training)
+
     def elastic(self, task: Task) -> Mapping[str, ElasticNetwork]:
         """The weights that plans are cut from."""
         if self.weights in ("elastic", "dense"):
@@ -172,7 +179,7 @@ class Settings:
 
     def fingerprint(self, task: Task) -> dict[str, Any]:
         """What the results depend on: the header of their log."""
-        options = asdict(finetuning_of(task, self.epochs, 0, self.seconds))
+        options = asdict(self.options(0, task))
         extractor = load_extractor(device=task.device)
         # Named only where there are any: logs of finetunings without them stay readable.
         added = {} if self.ingredients == NO_INGREDIENTS else {"ingredients": asdict(self.ingredients)}
@@ -234,7 +241,7 @@ class Workbench:
             margins.extend(progress.margins)
 
         settings = self.settings
-        options = finetuning_of(self.task, settings.epochs, trial.seed, settings.seconds)
+        options = settings.options(trial.seed, self.task)
         try:
             lessons = self.lessons(trial.seed)
             trainer = self.task.finetuner(*pair, lessons, options, settings.ingredients, self.dense)

@@ -45,6 +45,9 @@ class Ingredients:
     perceptual: float = 0.0
     """Weight of the distance to the target in early features of EfficientNet-Lite0, such as 20; 0 is off.
     KID, FID, density and coverage are measured with that network too, so they flatter what it trained."""
+    unseen: int = 0
+    """Learn from so many further images in each step that the dense generator has not memorised (turned, and
+    patched from several): from its outputs alone, and from its features where these are distilled."""
     adversary: Literal["pruned", "dense", "both"] = "pruned"
     """Who is to be fooled: the pruned discriminator, the dense one (it then takes the pruned one's place in
     the pair), or both, by the mean of the two losses."""
@@ -65,6 +68,7 @@ class Ingredients:
         return (
             self.teaches_maps
             or self.variants > 0
+            or self.unseen > 0
             or self.matching != "none"
             or self.adversary != "pruned"
             or self.online
@@ -85,6 +89,10 @@ class Ingredients:
                 raise UserError(f"--{field.name.replace('_', '-')} is {value}; it must be 0 or more")
         if self.online and self.variants:
             raise UserError("an online teacher changes from step to step: leave out --online or --variants")
+        if self.online and self.unseen:
+            raise UserError(
+                "an online teacher knows the training images only: leave out --online or --unseen"
+            )
 
 
 NO_INGREDIENTS = Ingredients()

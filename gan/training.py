@@ -25,6 +25,7 @@ from gan.distillation import (
     recorded,
     some_places,
 )
+from gan.elastic import ElasticOptions, teaching_images
 from gan.loop import (
     Critic,
     LoopOptions,
@@ -138,6 +139,7 @@ class PairedTrainer(Trainer[PairedImages, tuple[Tensor, Tensor, Tensor], nn.Modu
         self.matching: DiscriminatorMatching | None = None
         self.perceptual = PerceptualDistance(device=self.device) if ingredients.perceptual > 0 else None
         self.taps: tuple[str, ...] = ()
+        self.unseen: Iterator[tuple[Tensor, Tensor]] | None = None  # anew in each epoch
         if dense is not None:
             self._add(dense)
         self.made: Tensor | None = None
@@ -171,7 +173,7 @@ class PairedTrainer(Trainer[PairedImages, tuple[Tensor, Tensor, Tensor], nn.Modu
                 native,
             )
             self.online.taps = self.taps
-        elif ingredients.teaches_maps or ingredients.variants:
+        elif ingredients.teaches_maps or ingredients.variants or ingredients.unseen:
             self.teacher = Teacher(dense.generator, self.taps, options.amp)
         if ingredients.matching != "none":
             self.matching = DiscriminatorMatching(dense.discriminator, options.amp)
@@ -281,6 +283,10 @@ class PairedTrainer(Trainer[PairedImages, tuple[Tensor, Tensor, Tensor], nn.Modu
             perceived = self.perceptual(fake, targets)
             loss = loss + ingredients.perceptual * perceived
             losses["perceptual"] = perceived.detach()
+        if self.unseen is not None:
+            followed = self._follow(next(self.unseen)[0].to(self.device))
+            loss = loss + followed
+            losses["unseen"] = followed.detach()
         self.generator_optimizer.zero_grad(set_to_none=True)
         if self.adapter_optimizer is not None:
             self.adapter_optimizer.zero_grad(set_to_none=True)
@@ -312,6 +318,17 @@ class PairedTrainer(Trainer[PairedImages, tuple[Tensor, Tensor, Tensor], nn.Modu
             return self.teacher(inputs, self.steps)
         return None if self.lessons is None else Lesson(self.lessons(self.steps, inputs), {}, self.steps)
 
+    def _follow(self, inputs: Tensor) -> Tensor:
+        """Weighted distance (0-d) to what the teacher makes of further inputs (N, 3, H, W)."""
+        assert self.teacher is not None
+        lesson = self.teacher(inputs, self.steps)
+        with recorded(self.generator, self.taps) as maps:
+            made = run_network(self.generator, inputs, self.options.amp)
+        loss = self.options.distillation * output_distillation(made, lesson.outputs)
+        if self.distance is not None:
+            loss = loss + self.ingredients.feature_weight * self.distance(maps, lesson)
+        return loss
+
     def _set_training(self, training: bool) -> None:
         self.generator.train(training)
         for critic in self.critics:
@@ -322,6 +339,11 @@ class PairedTrainer(Trainer[PairedImages, tuple[Tensor, Tensor, Tensor], nn.Modu
     def _epoch(self, pairs: PairedImages) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
         """The batches of one epoch: (inputs, targets) float32 in [−1, 1], and the rows."""
         options, variants = self.options, self.ingredients.variants
+        if self.ingredients.unseen:
+            # Random numbers of its own, by epoch: the other images stay the same, and so does a resumed run.
+            drawn = torch.Generator().manual_seed((options.seed + 3) * 1_000_003 + self.epoch)
+            images = ElasticOptions(batch_size=self.ingredients.unseen)
+            self.unseen = teaching_images(pairs, images, drawn)
         if not variants:
             yield from batches(pairs, options.batch_size, self.random, options.shift)
             return
@@ -361,7 +383,7 @@ def _mean(values: Sequence[Tensor]) -> Tensor:
 
 
 FINETUNING = TrainingOptions(
-    epochs=10, learning_rate=5e-4, decay_from=0.3, distillation=50.0, ema=0.99, shift=4
+    epochs=10, learning_rate=2e-3, decay_from=0.3, distillation=50.0, ema=0.99, shift=4
 )
 """Defaults of finetuning: short, so the rate is higher and falls sooner, and the average forgets faster."""
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from gan.checkpoints import state_hash
 from gan.data import PairedImages
 from gan.distillation import (
+    NO_INGREDIENTS,
     PLACES,
     DensePair,
     DiscriminatorMatching,
@@ -209,6 +210,8 @@ def test_perceptual_distance_in_the_extractor() -> None:
         (Ingredients(matching="target"), {"matching"}),
         (Ingredients(matching="both"), {"matching"}),
         (Ingredients(perceptual=5.0), {"perceptual"}),
+        (Ingredients(unseen=3), {"unseen"}),
+        (Ingredients(unseen=3, features="alignment"), {"features", "unseen"}),
         (Ingredients(adversary="both"), set()),
         (
             Ingredients(online=True, features="alignment"),
@@ -308,7 +311,12 @@ def saved(state: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize(
     ("ingredients", "amp"),
-    [(EVERYTHING, False), (EVERYTHING, True), (Ingredients(features="alignment", variants=2), True)],
+    [
+        (EVERYTHING, False),
+        (EVERYTHING, True),
+        (Ingredients(features="alignment", variants=2), True),
+        (Ingredients(unseen=4), False),
+    ],
 )
 def test_a_resumed_training_with_ingredients_equals_an_uninterrupted_one(
     dense: DensePair, ingredients: Ingredients, amp: bool
@@ -357,6 +365,32 @@ def test_variants_repeat_the_same_images(dense: DensePair, monkeypatch: pytest.M
     assert any(not torch.equal(epochs[0][row], epochs[1][row]) for row in range(8))
 
 
+def test_unseen_images_teach_what_the_dense_generator_makes_of_them(dense: DensePair) -> None:
+    trainer = finetuner(*student(), dense.generator, OPTIONS, Ingredients(unseen=3), dense)
+    steps = [seen for epoch in range(2) for seen in unseen_of(trainer, epoch)]
+    assert all(images.shape[0] == 3 for images in steps)
+    assert len({float(images.sum()) for images in steps}) == len(steps)  # nothing comes twice
+    assert all(map(torch.equal, unseen_of(trainer, 1), unseen_of(trainer, 1)))  # and after a pause
+    plain, trained = (
+        finetuner(*student(), dense.generator, OPTIONS, ingredients, dense)._epoch(tiny_pairs(8))
+        for ingredients in (NO_INGREDIENTS, Ingredients(unseen=3))
+    )
+    for one, other in zip(plain, trained, strict=True):
+        assert all(map(torch.equal, one, other))  # the training images are those of any finetuning
+    inputs = steps[0]
+    assert float(trainer._follow(inputs).detach()) > 0
+    trainer.generator = copy.deepcopy(dense.generator).eval()
+    assert float(trainer._follow(inputs).detach()) == pytest.approx(0, abs=1e-6)
+
+
+def unseen_of(trainer: PairedTrainer, epoch: int) -> list[Tensor]:
+    """The further images of two steps."""
+    trainer.epoch = epoch
+    next(trainer._epoch(tiny_pairs(8)))
+    assert trainer.unseen is not None
+    return [next(trainer.unseen)[0] for _ in range(2)]
+
+
 def test_what_is_not_handed_in_is_named(dense: DensePair) -> None:
     with pytest.raises(ValueError, match="hand it in as dense"):
         finetuner(*student(), dense.generator, OPTIONS, Ingredients(features="alignment"))
@@ -373,6 +407,7 @@ def test_what_is_not_handed_in_is_named(dense: DensePair) -> None:
         ({"feature_weight": -1.0}, "--feature-weight is -1.0; it must be 0 or more"),
         ({"perceptual": float("nan")}, "--perceptual is nan"),
         ({"online": True, "variants": 2}, "leave out --online or --variants"),
+        ({"online": True, "unseen": 2}, "leave out --online or --unseen"),
     ],
 )
 def test_wrong_ingredients_are_a_sentence(change: dict[str, Any], sentence: str) -> None:
