@@ -251,7 +251,7 @@ def open_study(options: Options) -> tuple[Options, RunFolder]:
     task = load_task(options.task, pick_device(options.device))
     if task.back is not None:
         raise UserError(
-            f"recipes are ways of paired finetuning; {options.task} is unpaired: take another task"
+            f"recipes finetune paired networks; {options.task} is unpaired: take another task"
         )
     settings_of(Recipe(), options).check()
     options = replace(options, found=tuple(path.resolve() for path in options.found))
