@@ -190,6 +190,17 @@ def test_readme_finetunings(work: Path, tmp_path: Path) -> None:
         assert json.loads((output / "evaluation.json").read_text())["rows"].keys() >= {"dense", "after"}
 
 
+def test_readme_exports_and_measures(work: Path, tmp_path: Path) -> None:
+    for program, quick in (("export.py", ["--quick"]), ("measure.py", ["--rounds", "2"])):
+        lines = commands(program)
+        assert lines
+        for arguments in lines:
+            output = tmp_path / ("exported" if program == "export.py" else "measured.json")
+            done = call(work, program, *arguments, *quick, "--output", str(output))
+            assert done.returncode == 0, done.stderr
+            assert output.exists()
+
+
 def test_readme_python(work: Path) -> None:
     done = [
         subprocess.run(
