@@ -250,9 +250,7 @@ def open_study(options: Options) -> tuple[Options, RunFolder]:
         raise UserError(f"--seeds is {options.seeds}; it must be 1 or more")
     task = load_task(options.task, pick_device(options.device))
     if task.back is not None:
-        raise UserError(
-            f"recipes finetune paired networks; {options.task} is unpaired: take another task"
-        )
+        raise UserError(f"recipes finetune paired networks; {options.task} is unpaired: take another task")
     settings_of(Recipe(), options).check()
     options = replace(options, found=tuple(path.resolve() for path in options.found))
     plans = plans_of(options, prunable(task, options.cost))
@@ -288,7 +286,9 @@ def settings_of(recipe: Recipe, options: Options) -> Settings:
         options.task, recipe.weights, sizes.epochs, sizes.images, options.device, options.split
     )
     ingredients = Ingredients(**recipe.ingredients)
-    return replace(shared, seconds=sizes.seconds, ingredients=ingredients, training=recipe.training)
+    return replace(
+        shared, seconds=sizes.seconds, ingredients=ingredients, training=tuple(recipe.training.items())
+    )
 
 
 def finetune_all(

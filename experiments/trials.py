@@ -117,7 +117,8 @@ class Settings:
         device: where the networks run.
         seconds: finetune for so long instead of for ``epochs``; None = epochs.
         ingredients: what finetuning adds to native losses and output distillation.
-        training: fields of ``gan.training.TrainingOptions`` that differ from those of finetuning.
+        training: names and values of fields of the task's training options that differ from those of
+            finetuning.
     """
 
     task: str
@@ -129,7 +130,7 @@ class Settings:
     device: str = "cpu"
     seconds: float | None = None
     ingredients: Ingredients = field(default_factory=Ingredients)
-    training: Mapping[str, Any] = field(default_factory=dict)
+    training: tuple[tuple[str, Any], ...] = ()
 
     @classmethod
     def of(
@@ -160,7 +161,7 @@ class Settings:
 
     def options(self, seed: int, task: Task) -> TrainingOptions | CycleOptions:
         """Those of one finetuning."""
-        return replace(finetuning_of(task, self.epochs, seed, self.seconds), **self.training)
+        return replace(finetuning_of(task, self.epochs, seed, self.seconds), **dict(self.training))
 
     def elastic(self, task: Task) -> Mapping[str, ElasticNetwork]:
         """The weights that plans are cut from."""

@@ -65,9 +65,9 @@ def test_the_road_and_its_resume(fake: Fake, tmp_path: Path) -> None:
     assert rows["uniform"]["native"]["kid"] == pytest.approx([2.0, 3.0])
     assert rows[DENSE][TRAINED_ON]["kid"] == pytest.approx([1.5, 2.5])
     assert [(one.weights, one.split, one.training) for one in fake.settings] == [
-        ("elastic", "test", {"distillation": 0.0}),
-        ("dense", "test", {}),
-        ("dense", "test", {"distillation": 0.0}),
+        ("elastic", "test", (("distillation", 0.0),)),
+        ("dense", "test", ()),
+        ("dense", "test", (("distillation", 0.0),)),
     ]
     assert sorted(path.name for path in output.glob("*.jsonl")) == [
         "dense_trained_on.jsonl",

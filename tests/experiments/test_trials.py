@@ -126,7 +126,7 @@ def test_the_fingerprint_names_what_results_depend_on(
         replace(SETTINGS, weights=str(tmp_path / "b")),
     ]
     settings += [replace(SETTINGS, seconds=9.0), replace(SETTINGS, ingredients=Ingredients(online=True))]
-    settings.append(replace(SETTINGS, training={"l1": 30.0}))
+    settings.append(replace(SETTINGS, training=(("l1", 30.0),)))
     found = [json.dumps(one.fingerprint(task)) for one in settings]
     assert len(set(found)) == len(settings)
     assert found[0] == json.dumps(replace(SETTINGS).fingerprint(task))
