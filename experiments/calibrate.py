@@ -44,6 +44,7 @@ from experiments.build import (
 from experiments.candidates import NamedPlan, draw_plans, found_plan
 from experiments.figures import TERMS, Cloud, calibration, save_figure
 from experiments.runs import (
+    check_least,
     create_run,
     describe_run,
     flag,
@@ -207,15 +208,10 @@ def main(options: Options) -> None:
     """Draw, score, finetune, report."""
     console = Console()
     options, folder = open_study(options)
-    try:
+    with cli.resumable("calibrate", folder.path, f"{folder.path} is readable as it is"):
         if not options.report:
             work(options, folder, Watch(console))
         report(options, folder, console)
-    except KeyboardInterrupt:
-        command = f"python experiments/calibrate.py --resume {folder.path}"
-        raise KeyboardInterrupt(
-            f"stopped; {folder.path} is readable as it is; go on with: {command}"
-        ) from None
 
 
 def open_study(options: Options) -> tuple[Options, StudyFolder]:
@@ -233,11 +229,7 @@ def open_study(options: Options) -> tuple[Options, StudyFolder]:
         return reopen_study(options, options.resume)
     if options.report:
         raise UserError("--report needs the study to report on: --resume FOLDER --report")
-    for name, least in (("plans", FEWEST_PLANS), ("seeds", FEWEST_SEEDS), ("epochs", 1)):
-        if getattr(options, name) < least:
-            raise UserError(f"--{name} is {getattr(options, name)}; it must be {least} or more")
-    if options.seed < 0:
-        raise UserError(f"--seed is {options.seed}; it must be 0 or more")
+    check_least(options, plans=FEWEST_PLANS, seeds=FEWEST_SEEDS, epochs=1, seed=0)
     budgets = build_budgets(options.budget)
     shares = fixed_shares(budgets, options.budget)
     task = load_task(options.task, pick_device(options.device))

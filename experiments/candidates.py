@@ -183,6 +183,20 @@ def best_of_run(path: Path) -> tuple[RunFolder, Mapping[str, Any], Any]:
     return folder, read_json(folder.options), read_json(folder.plan).get("best")
 
 
+def found_plans(
+    paths: Sequence[Path], task: str, networks: Mapping[str, PrunableNetwork], budgets: Mapping[str, float]
+) -> dict[str, Plan]:
+    """Label → best plan of a run, for several runs; see :func:`found_plan`.
+
+    Raises:
+        UserError: as there, or two runs of one name.
+    """
+    found = [found_plan(path, task, networks, budgets) for path in paths]
+    if len({named.label for named in found}) < len(found):
+        raise UserError("--found names two runs of one name; rename the folder of one of them")
+    return {named.label: named.plan for named in found}
+
+
 def found_plan(
     path: Path, task: str, networks: Mapping[str, PrunableNetwork], budgets: Mapping[str, float]
 ) -> NamedPlan:

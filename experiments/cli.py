@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -57,6 +58,22 @@ def check_new_file(path: Path) -> None:
         raise UserError(f"--output {path} exists; name a new file")
     if not path.parent.is_dir():
         raise UserError(f"the folder {path.parent} of --output does not exist; make it first")
+
+
+@contextmanager
+def resumable(program: str, folder: Path, kept: str = "what is done stays") -> Iterator[None]:
+    """Within it, Ctrl-C becomes the sentence that :func:`run` ends with: how to go on.
+
+    Args:
+        program: the file's name without ending.
+        folder: what ``--resume`` takes.
+        kept: what an interruption leaves.
+    """
+    try:
+        yield
+    except KeyboardInterrupt:
+        command = f"python experiments/{program}.py --resume {folder}"
+        raise KeyboardInterrupt(f"stopped; {kept}; go on with: {command}") from None
 
 
 def run(

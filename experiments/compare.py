@@ -29,9 +29,9 @@ from experiments.comparison_pace import (
 from experiments.comparison_report import Outcome, Tuned, write_report
 from experiments.runs import (
     RunFolder,
+    check_least,
     create_run,
     describe_run,
-    flag,
     given_options,
     open_run,
     read_json,
@@ -171,13 +171,10 @@ def main(options: Options) -> None:
         return
     options, folder = open_folder(options)
     study, runs = study_of(options, folder.path.resolve()), list(product(options))
-    try:
+    with cli.resumable("compare", folder.path):
         announce(study, runs, options.scale, console)
         if not options.only_plan:
             compare(study, runs, options, console)
-    except KeyboardInterrupt:
-        command = f"python experiments/compare.py --resume {folder.path}"
-        raise KeyboardInterrupt(f"stopped; what is done stays; go on with: {command}") from None
 
 
 def compare(study: Study, runs: Sequence[RunOptions], options: Options, console: Console) -> None:
@@ -232,10 +229,7 @@ def check(options: Options) -> None:
     for name in options.variants:
         if name not in ABLATIONS:
             raise unknown("variant", name, ABLATIONS)
-    least = {"seeds": 1, "finetuning_seeds": 0, "evaluations": 1, "epochs": 1, "warm_up": 0, "workers": 0}
-    for name, smallest in least.items():
-        if getattr(options, name) < smallest:
-            raise UserError(f"{flag(name)} is {getattr(options, name)}; it must be {smallest} or more")
+    check_least(options, seeds=1, finetuning_seeds=0, evaluations=1, epochs=1, warm_up=0, workers=0)
     for name in options.algos:
         check_learner(name)
     device = pick_device(options.device)

@@ -28,10 +28,13 @@ from experiments.build import (
     pick_device,
     prunable,
 )
-from experiments.candidates import found_plan, shape_proportions
+from experiments.candidates import found_plans, shape_proportions
 from experiments.figures import Estimates, intervals, save_figure
+from experiments.report import show_table
 from experiments.runs import (
+    STUDY_FREE_ON_RESUME,
     RunFolder,
+    check_least,
     create_run,
     describe_run,
     open_run,
@@ -41,7 +44,6 @@ from experiments.runs import (
 )
 from experiments.trials import Settings, Trial, TrialResult, run_trials
 from experiments.watch import Watch
-from gan.errors import UserError
 from gan.evaluation import KID
 from gan.evaluations import CountedScorer, EvaluationLog, PrunableNetwork
 from gan.files import write_json, write_text
@@ -66,8 +68,6 @@ COLUMNS = ("cost", "gap", KID, "l1", "prdc_coverage", "margin_mean", "margin_spr
 """Figures of a finetuning: the share of the discriminator's cost that is kept, the pair's balance gap before
 it, three figures of ``gan.evaluation.COLUMNS`` after it, and how the discriminator's margin went in it."""
 MEAN = "mean of the generators"
-FREE_ON_RESUME = ("resume", "workers")
-"""Options that may differ from those of the interrupted study: no result depends on them."""
 
 Table = Mapping[str, NDArray[np.float64]]
 """Discriminator → (seeds, ``COLUMNS``) figures."""
@@ -148,14 +148,10 @@ def main(options: Options) -> None:
     console = Console()
     options, folder = open_study(options)
     watch = Watch(console)
-    try:
+    with cli.resumable("discriminators", folder.path):
         pairs = choose(options, folder, watch)
         report(options, folder, pairs, finetune_all(options, folder, pairs, watch))
-    except KeyboardInterrupt:
-        command = f"python experiments/discriminators.py --resume {folder.path}"
-        raise KeyboardInterrupt(f"stopped; what is done stays; go on with: {command}") from None
-    console.print((folder.path / "table.md").read_text(), highlight=False, soft_wrap=True)
-    console.print(f"everything is in {folder.path}", highlight=False, soft_wrap=True)
+    show_table(folder.path / "table.md", console)
 
 
 def open_study(options: Options) -> tuple[Options, RunFolder]:
@@ -164,14 +160,11 @@ def open_study(options: Options) -> tuple[Options, RunFolder]:
     Raises:
         UserError: options that no study can use; nothing has been written then.
     """
-    if options.workers < 1:
-        raise UserError(f"--workers is {options.workers}; it must be 1 or more")
+    check_least(options, workers=1)
     if options.resume is not None:
         folder = open_run(options.resume)
-        return resumed_options(folder, options, FREE_ON_RESUME), folder
-    for name, least in (("seeds", FEWEST_SEEDS), ("epochs", 1), ("seed", 0)):
-        if getattr(options, name) < least:
-            raise UserError(f"--{name} is {getattr(options, name)}; it must be {least} or more")
+        return resumed_options(folder, options, STUDY_FREE_ON_RESUME), folder
+    check_least(options, seeds=FEWEST_SEEDS, epochs=1, seed=0)
     shares = shares_of(options)
     task = load_task(options.task, pick_device(options.device))
     networks = prunable(task, options.cost)
@@ -211,11 +204,9 @@ def generator_plans(options: Options, networks: Mapping[str, PrunableNetwork]) -
     """
     shares = shares_of(options)
     uniform = Plan.of({agent: uniform_widths(networks[agent], shares[agent]) for agent in AGENTS}, "l1")
-    found = [found_plan(path, options.task, networks, shares) for path in options.found]
-    if len({named.label for named in found}) < len(found):
-        raise UserError("--found names two runs of one name; rename the folder of one of them")
+    found = found_plans(options.found, options.task, networks, shares)
     if found:
-        return {"uniform": uniform, **{named.label: named.plan for named in found}}
+        return {"uniform": uniform, **found}
     network = networks["generator"]
     shape = shape_proportions("pyramid", network.groups)
     pyramid = project(network, shape, shares["generator"]).widths.tolist()

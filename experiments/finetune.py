@@ -22,6 +22,7 @@ from experiments.figures import learning_curve, save_figure
 from experiments.report import evaluation_table
 from experiments.runs import (
     RunFolder,
+    check_least,
     create_run,
     describe_run,
     flag,
@@ -171,11 +172,8 @@ def main(options: Options) -> None:
     """Cut, train, choose, measure."""
     console = Console()
     options, folder = open_folder(options)
-    try:
+    with cli.resumable("finetune", folder.run.path, "whole epochs are kept"):
         run(options, folder, console)
-    except KeyboardInterrupt:
-        command = f"python experiments/finetune.py --resume {folder.run.path}"
-        raise KeyboardInterrupt(f"stopped; whole epochs are kept; go on with: {command}") from None
 
 
 def open_folder(options: Options) -> tuple[Options, FinetuneFolder]:
@@ -223,10 +221,7 @@ def check(options: Options) -> None:
         )
     if options.epochs is not None and options.minutes is not None:
         raise UserError("--epochs and --minutes exclude each other; give one")
-    for name, least in (("epochs", 1), ("validate_every", 1), ("patience", 0), ("distillation", 0)):
-        value = getattr(options, name)
-        if value is not None and not least <= value < math.inf:
-            raise UserError(f"{flag(name)} is {value}; it must be {least} or more")
+    check_least(options, epochs=1, validate_every=1, patience=0, distillation=0)
     for name in ("minutes", "learning_rate"):
         value = getattr(options, name)
         if value is not None and not 0 < value < math.inf:

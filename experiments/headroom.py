@@ -35,8 +35,11 @@ from experiments.build import (
 )
 from experiments.candidates import SHAPES, shape_proportions
 from experiments.figures import Estimates, intervals, save_figure
+from experiments.report import show_table
 from experiments.runs import (
+    STUDY_FREE_ON_RESUME,
     RunFolder,
+    check_least,
     create_run,
     describe_run,
     open_run,
@@ -70,8 +73,6 @@ LEVEL = 0.95
 """Of the intervals."""
 SHOWN = (KID, "l1", "prdc_coverage", "macs", "params", "latency_ms")
 """Columns of ``gan.evaluation.COLUMNS`` that the report averages."""
-FREE_ON_RESUME = ("resume", "workers")
-"""Options that may differ from those of the interrupted study: no result depends on them."""
 
 
 @dataclass(frozen=True)
@@ -228,18 +229,14 @@ def main(options: Options) -> None:
     """Every cell: search, finetune, measure; the report after each."""
     console = Console()
     options, folder = open_folder(options)
-    try:
+    with cli.resumable("headroom", folder.path):
         results: dict[str, dict[str, Any]] = {}
         for text in options.cell:
             cell = Cell.of(text)
             console.print(f"[bold]{cell.name}[/bold]", highlight=False)
             results[cell.name] = run_cell(cell, CellFolder(folder.path / cell.name), options, Watch(console))
             write_report(folder, results, options)
-    except KeyboardInterrupt:
-        command = f"python experiments/headroom.py --resume {folder.path}"
-        raise KeyboardInterrupt(f"stopped; what is done stays; go on with: {command}") from None
-    console.print((folder.path / "table.md").read_text(), highlight=False, soft_wrap=True)
-    console.print(f"everything is in {folder.path}", highlight=False, soft_wrap=True)
+    show_table(folder.path / "table.md", console)
 
 
 def open_folder(options: Options) -> tuple[Options, RunFolder]:
@@ -258,9 +255,7 @@ def open_folder(options: Options) -> tuple[Options, RunFolder]:
     for name in options.shapes:
         if name not in SHAPES:
             raise unknown("shape", name, SHAPES)
-    for name in ("evaluations", "seeds", "epochs", "workers"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name} is {getattr(options, name)}; it must be 1 or more")
+    check_least(options, evaluations=1, seeds=1, epochs=1, workers=1)
     cells = [Cell.of(text) for text in options.cell]
     if len({cell.name for cell in cells}) < len(cells):
         raise UserError("--cell names the same cell twice; once is enough")
@@ -289,7 +284,7 @@ def reopen(options: Options, path: Path) -> tuple[Options, RunFolder]:
         UserError: other options than the study was begun with.
     """
     folder = open_run(path)
-    return resumed_options(folder, options, FREE_ON_RESUME), folder
+    return resumed_options(folder, options, STUDY_FREE_ON_RESUME), folder
 
 
 def elastic_weights(task: Task, options: Options) -> Mapping[str, ElasticNetwork]:

@@ -24,7 +24,7 @@ from tyro.conf import Positional
 from envs.budget import uniform_widths
 from experiments import cli
 from experiments.memory import MemoryJob, peaks_mb
-from experiments.runs import open_run, plain, versions
+from experiments.runs import check_least, open_run, plain, versions
 from gan.checkpoints import load_network, save_tensors
 from gan.cost import build_cost_model, published_macs
 from gan.errors import UserError
@@ -150,11 +150,7 @@ def check(options: Options) -> None:
     Raises:
         UserError: with what is allowed.
     """
-    for name, least in (("rounds", 1), ("runs", 1), ("size", 0), ("multiple", 0), ("base_width", 1)):
-        if getattr(options, name) < least:
-            raise UserError(
-                f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be {least} or more"
-            )
+    check_least(options, rounds=1, runs=1, size=0, multiple=0, base_width=1)
     if any(thread < 1 for thread in options.threads):
         raise UserError(f"--threads is {list(options.threads)}; each must be 1 or more")
     if not options.macs or not all(0 < share < 1 for share in options.macs):

@@ -16,10 +16,13 @@ from envs.budget import check_reachable, uniform_widths
 from experiments import cli
 from experiments.agreement import Interval, paired_difference
 from experiments.build import ImageCounts, build_budgets, fixed_shares, image_counts, pick_device, prunable
-from experiments.candidates import found_plan
+from experiments.candidates import found_plans
 from experiments.figures import Estimates, intervals, save_figure
+from experiments.report import show_table
 from experiments.runs import (
+    STUDY_FREE_ON_RESUME,
     RunFolder,
+    check_least,
     create_run,
     describe_run,
     open_run,
@@ -60,8 +63,6 @@ BASE = "base"
 """Native losses and output distillation, nothing else: what all others are compared with."""
 DENSE, TRAINED_ON = "dense", "dense, trained on"
 """The dense pair as it is, and after as much further training with native losses alone."""
-FREE_ON_RESUME = ("resume", "workers")
-"""Options that may differ from those of the interrupted study: no result depends on them."""
 COLUMNS = (KID, "l1", "prdc_density", "prdc_coverage", "seconds", "margin_spread")
 """Figures of a finetuning: four of ``gan.evaluation.COLUMNS``, its seconds, and the standard deviation of the
 discriminator's margin over its steps."""
@@ -213,20 +214,18 @@ def main(options: Options) -> None:
     console = Console()
     options, folder = open_study(options)
     watch = Watch(console)
-    try:
+    with cli.resumable("recipes", folder.path):
+        task = load_task(options.task, pick_device(options.device))
+        dense = dense_row(task, settings_of(Recipe(), options))
         tables: dict[str, dict[str, NDArray[np.float64]]] = {}
         for name in options.names:
             for plan, values in finetune_all(name, options, folder, watch).items():
                 tables.setdefault(plan, {})[name] = values
-            report(options, folder, tables)
+            report(options, folder, tables, dense)
         if options.dense:
             tables[DENSE] = {TRAINED_ON: train_dense_on(options, folder, watch)}
-            report(options, folder, tables)
-    except KeyboardInterrupt:
-        command = f"python experiments/recipes.py --resume {folder.path}"
-        raise KeyboardInterrupt(f"stopped; what is done stays; go on with: {command}") from None
-    console.print((folder.path / "table.md").read_text(), highlight=False, soft_wrap=True)
-    console.print(f"everything is in {folder.path}", highlight=False, soft_wrap=True)
+            report(options, folder, tables, dense)
+    show_table(folder.path / "table.md", console)
 
 
 def open_study(options: Options) -> tuple[Options, RunFolder]:
@@ -235,19 +234,17 @@ def open_study(options: Options) -> tuple[Options, RunFolder]:
     Raises:
         UserError: options that no study can use; nothing has been written then.
     """
-    if options.workers < 1:
-        raise UserError(f"--workers is {options.workers}; it must be 1 or more")
+    check_least(options, workers=1)
     if options.resume is not None:
         folder = open_run(options.resume)
-        return resumed_options(folder, options, FREE_ON_RESUME), folder
+        return resumed_options(folder, options, STUDY_FREE_ON_RESUME), folder
     if not options.names:
         raise UserError("there is no recipe to compare; name some, such as --recipes base,alignment")
     if len(set(options.names)) < len(options.names):
         raise UserError("--recipes names a recipe twice; once is enough")
     for name in options.names:
         recipe_of(name)
-    if options.seeds < 1:
-        raise UserError(f"--seeds is {options.seeds}; it must be 1 or more")
+    check_least(options, seeds=1)
     task = load_task(options.task, pick_device(options.device))
     if task.back is not None:
         raise UserError(f"recipes finetune paired networks; {options.task} is unpaired: take another task")
@@ -273,10 +270,8 @@ def plans_of(options: Options, networks: Mapping[str, PrunableNetwork]) -> dict[
     for agent in AGENTS:
         check_reachable(networks[agent], shares[agent], agent)
     uniform = Plan.of({agent: uniform_widths(networks[agent], shares[agent]) for agent in AGENTS}, "l1")
-    found = [found_plan(path, options.task, networks, shares) for path in options.found]
-    if len({named.label for named in found}) < len(found):
-        raise UserError("--found names two runs of one name; rename the folder of one of them")
-    return {"uniform": uniform, **{named.label: named.plan for named in found}}
+    found = found_plans(options.found, options.task, networks, shares)
+    return {"uniform": uniform, **found}
 
 
 def settings_of(recipe: Recipe, options: Options) -> Settings:
@@ -355,12 +350,20 @@ def summarise(table: Mapping[str, NDArray[np.float64]], first: NDArray[np.float6
 
 
 def report(
-    options: Options, folder: RunFolder, tables: Mapping[str, Mapping[str, NDArray[np.float64]]]
+    options: Options,
+    folder: RunFolder,
+    tables: Mapping[str, Mapping[str, NDArray[np.float64]]],
+    dense: Mapping[str, float],
 ) -> None:
-    """Write ``recipes.json``, ``table.md`` and ``recipes.png``."""
+    """Write ``recipes.json``, ``table.md`` and ``recipes.png``.
+
+    Args:
+        options: of the study.
+        folder: where they go.
+        tables: plan → recipe → (seeds, ``COLUMNS``) figures.
+        dense: figures of the dense pair on the same images.
+    """
     sizes, first = Sizes.of(options), options.names[0]
-    task = load_task(options.task, pick_device(options.device))
-    dense = dense_row(task, settings_of(Recipe(), options))
     length = f"{sizes.epochs} epochs" if sizes.seconds is None else f"{sizes.seconds / 60:g} minutes"
     protocol = (
         f"{options.task} at {options.budget} of the {options.cost}, {length} of finetuning, "

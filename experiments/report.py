@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
@@ -47,6 +48,17 @@ def evaluation_table(rows: Mapping[str, Mapping[str, float]], console: Console) 
     for key, heading, form in SHOWN:
         table.add_row(heading, *(form(row[key]) for row in rows.values()))
     console.print(table)
+
+
+def show_table(table: Path, console: Console) -> None:
+    """Print the table that a study ends with, and where the rest is.
+
+    Args:
+        table: the Markdown file in the study's folder.
+        console: where to.
+    """
+    console.print(table.read_text(), highlight=False, soft_wrap=True)
+    console.print(f"everything is in {table.parent}", highlight=False, soft_wrap=True)
 
 
 LatencyErrors = Mapping[str, Mapping[str, Mapping[str, float]]]

@@ -318,6 +318,22 @@ def flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
+def check_least(options: Any, **least: float) -> None:
+    """Refuse numbers that are too small, infinite or NaN; None is no number and passes.
+
+    Args:
+        options: a dataclass of options.
+        least: field → smallest value that is allowed.
+
+    Raises:
+        UserError: for the first that is not.
+    """
+    for name, smallest in least.items():
+        value = getattr(options, name)
+        if value is not None and not smallest <= value < math.inf:
+            raise UserError(f"{flag(name)} is {value}; it must be {smallest} or more")
+
+
 def given_options(options: Any, free: Sequence[str]) -> dict[str, Any]:
     """Name → value of the options that are not at their defaults, ``free`` ones left out.
 
@@ -330,6 +346,10 @@ def given_options(options: Any, free: Sequence[str]) -> dict[str, Any]:
         for name in (field.name for field in dataclasses.fields(options))
         if name not in free and getattr(options, name) != getattr(default, name)
     }
+
+
+STUDY_FREE_ON_RESUME = ("resume", "workers")
+"""Options of a study that may differ from those of the interrupted one: no result depends on them."""
 
 
 def resumed_options(folder: RunFolder, options: T, free: Sequence[str]) -> T:

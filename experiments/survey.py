@@ -31,8 +31,10 @@ from experiments.build import (
 )
 from experiments.candidates import NamedPlan, best_of_run, draw_over_range, found_plan
 from experiments.figures import Cloud, calibration, save_figure
+from experiments.report import show_table
 from experiments.runs import (
     RunFolder,
+    check_least,
     create_run,
     describe_run,
     open_run,
@@ -211,14 +213,10 @@ def main(options: Options) -> None:
     options, made = open_survey(options)
     folder = SurveyFolder(made.path)
     watch = Watch(console)
-    try:
+    with cli.resumable("survey", folder.path):
         work(options, folder, watch)
         report(options, folder, watch)
-    except KeyboardInterrupt:
-        command = f"python experiments/survey.py --resume {folder.path}"
-        raise KeyboardInterrupt(f"stopped; what is done stays; go on with: {command}") from None
-    console.print(folder.table.read_text(), highlight=False, soft_wrap=True)
-    console.print(f"everything is in {folder.path}", highlight=False, soft_wrap=True)
+    show_table(folder.table, console)
 
 
 def open_survey(options: Options) -> tuple[Options, RunFolder]:
@@ -237,11 +235,7 @@ def open_survey(options: Options) -> tuple[Options, RunFolder]:
         for path in known.join:
             joined(path, settings, load_task(settings.task, settings.device))
         return known, made
-    for name, least in (("plans", FEWEST), ("seeds", 1), ("epochs", 1), ("workers", 1)):
-        if getattr(options, name) < least:
-            raise UserError(f"--{name} is {getattr(options, name)}; it must be {least} or more")
-    if options.seed < 0:
-        raise UserError(f"--seed is {options.seed}; it must be 0 or more")
+    check_least(options, plans=FEWEST, seeds=1, epochs=1, workers=1, seed=0)
     task = load_task(options.task, pick_device(options.device))
     budgets = build_budgets(options.budget)
     check_reachable(task, budgets, options.cost)

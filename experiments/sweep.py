@@ -17,8 +17,11 @@ from experiments import cli, headroom
 from experiments.build import check_reachable, image_counts, pick_device
 from experiments.figures import Curve, quality_curves, save_figure
 from experiments.headroom import Cell, CellFolder
+from experiments.report import show_table
 from experiments.runs import (
+    STUDY_FREE_ON_RESUME,
     RunFolder,
+    check_least,
     create_run,
     describe_run,
     open_run,
@@ -45,8 +48,6 @@ EXAMPLES = (
 UNIFORM, FOUND, L1_SLICE = "uniform", "found", "l1_slice"
 SHOWN = {KID: "KID* ↓", "l1": "L1 ↓", "prdc_coverage": "coverage* ↑"}
 """Columns of ``gan.evaluation.COLUMNS`` that are drawn, and their titles."""
-FREE_ON_RESUME = ("resume", "workers")
-"""Options that may differ from those of the interrupted sweep: no result depends on them."""
 
 
 @dataclass(frozen=True)
@@ -90,14 +91,10 @@ def main(options: Options) -> None:
     console = Console()
     options, folder = open_sweep(options)
     watch = Watch(console)
-    try:
+    with cli.resumable("sweep", folder.path):
         plans = {share: plans_at(share, options, folder, watch) for share in options.shares}
         report(options, folder, finetune_all(plans, options, folder, watch))
-    except KeyboardInterrupt:
-        command = f"python experiments/sweep.py --resume {folder.path}"
-        raise KeyboardInterrupt(f"stopped; what is done stays; go on with: {command}") from None
-    console.print((folder.path / "table.md").read_text(), highlight=False, soft_wrap=True)
-    console.print(f"everything is in {folder.path}", highlight=False, soft_wrap=True)
+    show_table(folder.path / "table.md", console)
 
 
 def open_sweep(options: Options) -> tuple[Options, RunFolder]:
@@ -106,14 +103,11 @@ def open_sweep(options: Options) -> tuple[Options, RunFolder]:
     Raises:
         UserError: options that no sweep can use; nothing has been written then.
     """
-    if options.workers < 1:
-        raise UserError(f"--workers is {options.workers}; it must be 1 or more")
+    check_least(options, workers=1)
     if options.resume is not None:
         folder = open_run(options.resume)
-        return resumed_options(folder, options, FREE_ON_RESUME), folder
-    for name, least in (("seeds", 1), ("epochs", 1), ("evaluations", 1), ("seed", 0)):
-        if getattr(options, name) < least:
-            raise UserError(f"--{name} is {getattr(options, name)}; it must be {least} or more")
+        return resumed_options(folder, options, STUDY_FREE_ON_RESUME), folder
+    check_least(options, seeds=1, epochs=1, evaluations=1, seed=0)
     if options.algo not in LEARNERS:
         raise unknown("algorithm", options.algo, LEARNERS)
     if not options.shares or len(set(options.shares)) < len(options.shares):

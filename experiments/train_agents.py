@@ -37,6 +37,7 @@ from experiments.figures import NetworkWidths, Series, curves, samples, save_fig
 from experiments.report import evaluation_table, latency_errors, print_latency
 from experiments.runs import (
     RunFolder,
+    check_least,
     create_run,
     describe_run,
     flag,
@@ -147,13 +148,8 @@ def main(options: Options) -> None:
     """The road of a run, from the dense pair to the table."""
     console = Console()
     options, folder = open_folder(options)
-    try:
+    with cli.resumable("train_agents", folder.path, f"{folder.path} is readable as it is"):
         run(options, folder, console)
-    except KeyboardInterrupt:
-        command = f"python experiments/train_agents.py --resume {folder.path}"
-        raise KeyboardInterrupt(
-            f"stopped; {folder.path} is readable as it is; go on with: {command}"
-        ) from None
 
 
 def open_folder(options: Options) -> tuple[Options, RunFolder]:
@@ -174,10 +170,7 @@ def open_folder(options: Options) -> tuple[Options, RunFolder]:
             )
         return read_options(folder, Options), folder
     options = replace(options, algo=check_learner(options.algo))
-    for name, least in (("evaluations", 1), ("epochs", 0), ("warm_up", 0)):
-        value = getattr(options, name)
-        if value is not None and value < least:
-            raise UserError(f"{flag(name)} is {value}; it must be {least} or more")
+    check_least(options, evaluations=1, epochs=0, warm_up=0)
     if not 0 <= options.seed < 2**32:
         raise UserError(f"--seed is {options.seed}; it must be 0 or more, below 2^32")
     options.ingredients.check()

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import pytest
 
+from experiments import cli
 from experiments.runs import MetricsLog, RunFolder, create_run, describe_run
 
 
@@ -63,6 +65,25 @@ def make_run(tmp_path: Path) -> Callable[..., RunFolder]:
         return folder
 
     return make
+
+
+@pytest.fixture
+def refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., None]:
+    """Call a program in an empty folder: it ends with code 2 and a sentence, and writes nothing."""
+
+    def check(main: Callable[[Any], None], options: Any, arguments: Sequence[str], sentence: str) -> None:
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(SystemExit) as stopped:
+            cli.run(main, options, "", (), arguments)
+        error = capsys.readouterr().err
+        assert stopped.value.code == 2
+        assert sentence in error
+        assert "Traceback" not in error
+        assert not list(tmp_path.iterdir())
+
+    return check
 
 
 @pytest.fixture

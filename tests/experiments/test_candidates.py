@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from shutil import copytree
 from typing import Any
 
 import numpy as np
@@ -10,7 +11,7 @@ import pytest
 
 from envs.budget import keep_ratio, unused_share
 from experiments.build import prunable
-from experiments.candidates import draw_plans, found_plan, smooth_proportions
+from experiments.candidates import draw_plans, found_plan, found_plans, smooth_proportions
 from experiments.runs import RunFolder
 from gan.errors import UserError
 from gan.evaluations import PrunableNetwork
@@ -84,6 +85,22 @@ def test_the_best_plan_of_a_run(make_run: Runs, networks: dict[str, PrunableNetw
     folder.plan.write_text("{}")
     with pytest.raises(UserError, match="holds no best plan"):
         found_plan(folder.path, "edges2emoji", networks, BUDGETS)
+
+
+def test_several_runs_are_told_apart_by_name(
+    make_run: Runs, networks: dict[str, PrunableNetwork], tmp_path: Path
+) -> None:
+    plans = [each.plan for each in draw_plans(networks, BUDGETS, 2, np.random.default_rng(0), "l1")]
+    folders = [make_run(), make_run()]
+    for folder, plan in zip(folders, plans, strict=True):
+        write_best(folder, plan)
+    paths = [folder.path for folder in folders]
+    found = found_plans(paths, "edges2emoji", networks, BUDGETS)
+    assert found == {f"found:{path.name}": plan for path, plan in zip(paths, plans, strict=True)}
+    again = tmp_path / "elsewhere" / paths[0].name
+    copytree(paths[0], again)
+    with pytest.raises(UserError, match="two runs of one name"):
+        found_plans([paths[0], again], "edges2emoji", networks, BUDGETS)
 
 
 def test_what_is_no_run_is_refused(tmp_path: Path, networks: dict[str, PrunableNetwork]) -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import pytest
 
@@ -67,3 +68,11 @@ def test_options_that_refuse_themselves_exit_with_2(capsys: pytest.CaptureFixtur
         cli.run(raising(AssertionError()), Options, "x", arguments=["--seed", "-1"])
     assert exit_info.value.code == 2
     assert "the seed is negative" in capsys.readouterr().err
+
+
+def test_an_interruption_says_how_to_go_on(tmp_path: Path) -> None:
+    with (
+        pytest.raises(KeyboardInterrupt, match=r"epochs are kept; .* experiments/sweep\.py --resume .*mine"),
+        cli.resumable("sweep", tmp_path / "mine", "whole epochs are kept"),
+    ):
+        raise KeyboardInterrupt

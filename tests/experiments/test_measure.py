@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -111,16 +112,5 @@ def test_memory_grows_with_the_network(tmp_path: Path) -> None:
         (["."], "no run folder"),
     ],
 )
-def test_bad_input_is_one_sentence(
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    arguments: list[str],
-    sentence: str,
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stopped:
-        call(arguments)
-    assert stopped.value.code == 2
-    assert sentence in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
+def test_bad_input_is_one_sentence(arguments: list[str], sentence: str, refused: Callable[..., None]) -> None:
+    refused(measure.main, measure.Options, arguments, sentence)

@@ -14,6 +14,7 @@ from experiments import runs
 from experiments.runs import (
     MetricsLog,
     RunFolder,
+    check_least,
     create_run,
     describe_run,
     episode_row,
@@ -218,3 +219,20 @@ class NewOptions(SomeOptions):
 
 def test_an_option_that_a_run_does_not_know_takes_its_default(make_run: Callable[..., RunFolder]) -> None:
     assert read_options(make_run(), NewOptions).added_later == 5
+
+
+@dataclass(frozen=True)
+class Numbers:
+    warm_up: int | None = None
+    rate: float = 0.5
+
+
+@pytest.mark.parametrize("value", [-1, float("inf"), float("nan")])
+def test_a_number_that_is_too_small_or_none_at_all_is_refused(value: float) -> None:
+    with pytest.raises(UserError, match=rf"--warm-up is {value}; it must be 0 or more"):
+        check_least(Numbers(warm_up=value), warm_up=0)  # type: ignore[arg-type]
+
+
+def test_numbers_that_are_large_enough_or_left_open_pass() -> None:
+    check_least(Numbers(), warm_up=3, rate=0.5)
+    check_least(Numbers(warm_up=3), warm_up=3)

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ import pytest
 
 import gan.tasks
 from envs.budget import Budget
-from experiments import cli, survey, trials
+from experiments import survey, trials
 from experiments.build import prunable
 from experiments.candidates import NamedPlan, draw_over_range
 from experiments.survey import KID, Options, SurveyFolder, collect
@@ -161,17 +161,6 @@ def test_studies_under_other_settings_are_refused(tiny: Task, tmp_path: Path) ->
     ],
 )
 @pytest.mark.usefixtures("tiny")
-def test_bad_input_is_a_sentence(
-    arguments: str,
-    sentence: str,
-    capsys: pytest.CaptureFixture[str],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.chdir(tmp_path)
+def test_bad_input_is_a_sentence(arguments: str, sentence: str, refused: Callable[..., None]) -> None:
     given = ["--elastic", "dense", "--budget", "generator=0.4:0.9,discriminator=0.5:0.9", *arguments.split()]
-    with pytest.raises(SystemExit) as stopped:
-        cli.run(survey.main, Options, "", (), given)
-    assert stopped.value.code == 2
-    assert sentence in capsys.readouterr().err
-    assert not list(tmp_path.iterdir())
+    refused(survey.main, Options, given, sentence)
