@@ -35,7 +35,8 @@ from gan.tasks import load_task
 DESCRIPTION = """Asks a policy that was trained on a range of budgets (train_agents.py --budget 0.05:0.5) for
 plans over that range, and draws what they cost against what is wrong with them, the dense pair at the top
 right; runs at fixed budgets are drawn beside it. Says what every front cost in evaluations, and its
-hypervolume. Writes front.json, table.md, front.png and front.pdf; repeated, it reads what it has scored and finetuned."""
+hypervolume. Writes front.json, table.md, front.png and front.pdf; repeated, it reads what it
+has scored and finetuned."""
 EXAMPLES = (
     ("python experiments/pareto.py runs/edges2emoji-mappo-s0", "the front before finetuning: seconds"),
     ("python experiments/pareto.py runs/RANGE runs/EVOLUTION-*", "beside searches at fixed budgets"),

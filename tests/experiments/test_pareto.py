@@ -130,10 +130,12 @@ def test_hypervolumes_are_measured_from_the_worst_uniform_plan() -> None:
     judged = Judged(env)
     budgets = judged.budgets(2)
     uniform = pareto.uniform_front(judged, budgets)
-    low, high = uniform.places("gap")
-    assert low.value > high.value
-    assert volumes([uniform])["uniform"]["gap"] == pytest.approx((0 - high.cost) * (low.value - high.value))
-    assert pareto.reference_place([uniform], "gap") == Place(0, low.value)
+    better, worst = sorted(uniform.places("gap"), key=lambda place: place.value)
+    assert pareto.reference_place([uniform], "gap") == Place(0, worst.value)
+    # one rectangle: from the better plan to the dense cost and to the worse one's gap
+    area = (0 - better.cost) * (worst.value - better.value)
+    assert area > 0
+    assert volumes([uniform])["uniform"]["gap"] == pytest.approx(area)
 
 
 def test_runs_that_do_not_compare_are_refused(runs: dict[str, RunFolder], tmp_path: Path) -> None:
