@@ -969,7 +969,7 @@ def fronts(panels: Sequence[FrontPanel], label: str, title: str = "") -> Figure:
             Line2D([], [], label=one.label, **_front_looks(place, one.joined))
             for place, one in enumerate(panels[0].frontiers)
         ]
-        figure.legend(handles=handles, loc="outside lower left", ncols=2, handlelength=3.2)
+        figure.legend(handles=handles, loc="outside lower left", ncols=len(panels), handlelength=3.2)
         if title:
             figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     return figure
