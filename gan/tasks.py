@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gan.checkpoints import load_network, load_tensors, save_tensors, tensors_hash
+from gan.conformance import groups_of
 from gan.cost import DEFAULT_COST, CostKind, CostModel, build_cost_model
 from gan.cyclegan import CycleOptions, Direction, OneWayTrainer, cycle_finetuner
 from gan.data import SPLITS, PairedImages, embedded_pairs, embedded_unpaired
@@ -340,7 +341,9 @@ def own_task(own: OwnTask, device: str = "cpu", folder: Path | None = None) -> T
         networks,
         own.architectures,
         {
-            agent: find_groups(network, [torch.zeros(1, seen[agent], *size, device=device)])
+            agent: groups_of(
+                own.architectures[agent].name, network, [torch.zeros(1, seen[agent], *size, device=device)]
+            )
             for agent, network in networks.items()
         },
         own.images.train,
