@@ -15,7 +15,7 @@ from gan.conformance import Conformance, check_network
 from gan.errors import UserError
 from gan.factories import example_inputs, first_channels, make_network, parse_shape
 
-DESCRIPTION = """Tries out whether a network of your own can be pruned: which groups of channels can be cut and
+DESCRIPTION = """Tries out whether a network of your own can be pruned: which groups of channels can be cut,
 which stay and why, whether slices, masks and closed-form costs agree. Exit code 0: it can; 2: it cannot."""
 EXAMPLES = (
     ("python experiments/check_network.py my_nets:Generator", "class or function in my_nets.py"),

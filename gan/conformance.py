@@ -17,7 +17,18 @@ from gan.elastic import ElasticNetwork, order_channels
 from gan.errors import UserError
 from gan.factories import is_factory
 from gan.gates import GatedNetwork
-from gan.groups import ChannelGroup, Discovery, FrozenGroup, discover_groups, find_groups, without_inplace
+from gan.groups import (
+    CONVOLUTIONS,
+    Axis,
+    ChannelGroup,
+    Discovery,
+    FrozenGroup,
+    discover_groups,
+    find_groups,
+    norm_channels,
+    tensors_of,
+    without_inplace,
+)
 from gan.slicing import Slicer
 
 TOLERANCE = 1e-8
@@ -74,7 +85,7 @@ def narrower(channels: int, multiple: int = 1) -> int:
     return half if half < channels else channels
 
 
-def tested_groups(network: nn.Module, inputs: Sequence[Tensor], multiple: int = 1) -> Discovery:
+def tried_groups(network: nn.Module, inputs: Sequence[Tensor], multiple: int = 1) -> Discovery:
     """The channel groups of a network of which nothing is known, each cut alone and run.
 
     Takes a forward pass for each group. Those that do not change width as planned, or break the network
@@ -94,7 +105,8 @@ def tested_groups(network: nn.Module, inputs: Sequence[Tensor], multiple: int = 
         found = discover_groups(network, inputs)
     except Exception as error:  # a tracer meets whatever there is
         raise UserError(
-            f"the graph of {type(network).__name__} cannot be traced ({brief(error)}); see docs/own-network.md"
+            f"the graph of {type(network).__name__} cannot be traced ({brief(error)}); see "
+            "docs/own-network.md"
         ) from error
     frozen = list(found.frozen)
     groups: list[ChannelGroup] = []
@@ -113,7 +125,7 @@ def tested_groups(network: nn.Module, inputs: Sequence[Tensor], multiple: int = 
 
 def groups_of(name: str, network: nn.Module, inputs: Sequence[Tensor]) -> tuple[ChannelGroup, ...]:
     """The channel groups of an architecture of that name: those of a factory are tested."""
-    return tested_groups(network, inputs).groups if is_factory(name) else find_groups(network, inputs)
+    return tried_groups(network, inputs).groups if is_factory(name) else find_groups(network, inputs)
 
 
 def fault_of(
@@ -138,23 +150,33 @@ def fault_of(
         return f"cutting breaks the network: {brief(error)}"
     if made != list(wanted):
         return f"cutting changes the output from {[*map(tuple, wanted)]} to {[*map(tuple, made)]}"
-    cut: dict[str, int] = {}
+    for name, lost in _lost_channels(groups, widths).items():
+        before, after = (net.get_submodule(name) for net in (network, smaller))
+        for axis, count in lost.items():
+            wanted_width = width_of(before, axis) - count
+            if width_of(after, axis) != wanted_width:
+                return f"{name!r} has {width_of(after, axis)} channels ({axis}) instead of {wanted_width}"
+    return ""
+
+
+def _lost_channels(groups: Sequence[ChannelGroup], widths: Sequence[int]) -> dict[str, dict[Axis, int]]:
+    """Channels that each module loses along each axis."""
+    lost: dict[str, dict[Axis, int]] = {}
     for group, width in zip(groups, widths, strict=True):
         for slot in group.slots:
-            fault = _unchanged(network, smaller, slot.module)
-            if fault:
-                return fault
-            cut[slot.module] = cut.get(slot.module, 0) + group.channels - width
-    counts = [sum(p.numel() for p in net.parameters()) for net in (network, smaller)]
-    return "" if counts[1] < counts[0] else f"cutting leaves all {counts[0]} parameters"
+            axes = lost.setdefault(slot.module, {})
+            axes[slot.axis] = axes.get(slot.axis, 0) + group.channels - width
+    return lost
 
 
-def _unchanged(network: nn.Module, smaller: nn.Module, name: str) -> str:
-    """Says so where a module of a group still has tensors of the dense shapes."""
-    tensors = [dict(net.get_submodule(name).named_parameters(recurse=False)) for net in (network, smaller)]
-    same = [key for key, value in tensors[0].items() if value.dim() and value.shape == tensors[1][key].shape]
-    kernels = [key for key in same if key == "weight"]
-    return f"the kernel of {name!r} does not change width" if kernels else ""
+def width_of(module: nn.Module, axis: Axis) -> int:
+    """Channels of a convolution or norm along an axis, read off its tensors where it has any."""
+    weight = module._parameters.get("weight")
+    if not isinstance(module, CONVOLUTIONS):
+        return norm_channels(module) if weight is None else len(weight)
+    assert weight is not None
+    first = (axis == "out") != isinstance(module, nn.ConvTranspose2d)
+    return int(weight.shape[0 if first or weight.shape[1] == 1 < module.groups else 1])
 
 
 def check_network(network: nn.Module, inputs: Sequence[Tensor], multiple: int = 1) -> Conformance:
@@ -173,7 +195,7 @@ def check_network(network: nn.Module, inputs: Sequence[Tensor], multiple: int = 
     """
     network = without_inplace(copy.deepcopy(network)).double().eval().requires_grad_(True)
     inputs = [x.double() if x.is_floating_point() else x for x in inputs]
-    found = tested_groups(network, inputs, multiple)
+    found = tried_groups(network, inputs, multiple)
     groups = found.groups
     tried = tuple(narrower(group.channels, multiple) for group in groups)
     least = tuple(min(multiple, group.channels) for group in groups)
@@ -210,7 +232,7 @@ def check_network(network: nn.Module, inputs: Sequence[Tensor], multiple: int = 
         if cost.macs(dense) > 0:
             find("convolutions make up the cost", lambda: _elsewhere(network, inputs))
     low = np.array(least, dtype=np.int64)
-    figures = [int(round(float(of(w)))) for w in (dense, low) for of in (cost.macs, cost.params)]
+    figures = [round(float(of(w))) for w in (dense, low) for of in (cost.macs, cost.params)]
     return Conformance(groups, found.frozen, tried, tuple(findings), *figures)
 
 

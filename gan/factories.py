@@ -40,7 +40,8 @@ def load_factory(name: str) -> Callable[[], nn.Module]:
         found: Any = importlib.import_module(module_name)
     except ImportError as error:
         raise UserError(
-            f"the module of {name!r} cannot be imported ({error}); start from its folder, or put it on PYTHONPATH"
+            f"the module of {name!r} cannot be imported ({error}); start from its folder, or put "
+            "it on PYTHONPATH"
         ) from error
     for part in attribute.split("."):
         if not hasattr(found, part):
@@ -123,11 +124,11 @@ def factory_widths(name: str, shape: tuple[int, int, int]) -> tuple[int, ...]:
 
 @cache
 def _slicer(name: str, shape: tuple[int, int, int]) -> Any:
-    from gan.conformance import tested_groups  # imports slicing and costs, which a plain network needs not
+    from gan.conformance import tried_groups  # imports slicing and costs, which a plain network needs not
     from gan.slicing import Slicer
 
     network = make_network(name)
-    return Slicer(network, tested_groups(network, example_inputs([shape])).groups)
+    return Slicer(network, tried_groups(network, example_inputs([shape])).groups)
 
 
 def build_network(name: str, shape: tuple[int, int, int], widths: Sequence[int] | None) -> nn.Module:

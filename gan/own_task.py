@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from gan.checkpoints import load_network, load_tensors, save_network
-from gan.conformance import run, shapes_of, tested_groups
+from gan.conformance import run, shapes_of, tried_groups
 from gan.cost import build_cost_model, published_macs
 from gan.data import PairedImages, to_float
 from gan.errors import UserError, unknown
@@ -243,10 +243,11 @@ def load_foreign(factory: str, path: Path | None, agent: str, size: int) -> Offi
             f"{factory} makes {[*map(tuple, shapes_of(made))]} of {tuple(inputs[0].shape)}; a {agent} must "
             + ("make one image of the same size" if agent == "generator" else "make one map of logits")
         )
-    found = tested_groups(network, inputs)
+    found = tried_groups(network, inputs)
     if not found.groups:
         raise UserError(
-            f"{factory} has no channels that can be cut; see why: python experiments/check_network.py {factory}"
+            f"{factory} has no channels that can be cut; see why: "
+            f"python experiments/check_network.py {factory}"
         )
     kinds = {type(module) for module in network.modules()}
     norm: NormKind = "instance" if nn.InstanceNorm2d in kinds else "none"

@@ -151,7 +151,7 @@ class StarGenerator(nn.Module):
 
 
 class GroupNormGenerator(nn.Module):
-    """GroupNorms of several kinds, a squeeze gate, a grouped convolution, and two outputs that are blended."""
+    """GroupNorms of several kinds, a squeeze gate, a grouped convolution, two outputs that are blended."""
 
     def __init__(self, width: int = WIDTH) -> None:
         super().__init__()
