@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gan.checkpoints import load_network, load_tensors, read_recipe, recipe_path, save_tensors, tensors_hash
-from gan.conformance import groups_of
 from gan.errors import UserError
+from gan.factories import groups_of
 from gan.files import file_hash, write_bytes
 from gan.groups import ChannelGroup
 from gan.networks import Architecture

@@ -14,6 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from gan.errors import UserError
+from gan.groups import ChannelGroup, find_groups
+from gan.slicing import Slicer
+from gan.trial_cuts import tried_groups
 
 
 def is_factory(name: str) -> bool:
@@ -123,10 +126,7 @@ def factory_widths(name: str, shape: tuple[int, int, int]) -> tuple[int, ...]:
 
 
 @cache
-def _slicer(name: str, shape: tuple[int, int, int]) -> Any:
-    from gan.conformance import tried_groups  # imports slicing and costs, which a plain network needs not
-    from gan.slicing import Slicer
-
+def _slicer(name: str, shape: tuple[int, int, int]) -> Slicer:
     network = make_network(name)
     return Slicer(network, tried_groups(network, example_inputs([shape])).groups)
 
@@ -143,6 +143,9 @@ def build_network(name: str, shape: tuple[int, int, int], widths: Sequence[int] 
     dense = factory_widths(name, shape)
     if len(widths) != len(dense) or any(not 1 <= w <= d for w, d in zip(widths, dense, strict=True)):
         raise UserError(f"{name} takes {len(dense)} widths of at most {list(dense)}; got {list(widths)}")
-    made = _slicer(name, shape).network(network.state_dict(), widths)
-    assert isinstance(made, nn.Module)
-    return made
+    return _slicer(name, shape).network(network.state_dict(), widths)
+
+
+def groups_of(name: str, network: nn.Module, inputs: Sequence[Tensor]) -> tuple[ChannelGroup, ...]:
+    """The channel groups of an architecture of that name: those of a factory are tested."""
+    return tried_groups(network, inputs).groups if is_factory(name) else find_groups(network, inputs)

@@ -17,7 +17,6 @@ import torch
 from torch import nn
 
 from gan.checkpoints import load_network, load_tensors, save_network
-from gan.conformance import run, shapes_of, tried_groups
 from gan.cost import build_cost_model, published_macs
 from gan.data import PairedImages, to_float
 from gan.errors import UserError, unknown
@@ -27,6 +26,7 @@ from gan.folders import Direction, OddImages, PairedSplits, Preprocess, Preproce
 from gan.losses import AdversarialKind
 from gan.networks import Architecture, NormKind, StatisticsKind, unet_levels, with_image_statistics
 from gan.official import OfficialNetwork, check_pair, load_official, read_state
+from gan.trial_cuts import run, shapes_of, tried_groups
 
 AGENTS = ("generator", "discriminator")
 TASK_FILE = "task.json"

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from gan.checkpoints import load_network, load_tensors, save_tensors, tensors_hash
-from gan.conformance import groups_of
 from gan.cost import DEFAULT_COST, CostKind, CostModel, build_cost_model
 from gan.cyclegan import CycleOptions, Direction, OneWayTrainer, cycle_finetuner
 from gan.data import SPLITS, PairedImages, embedded_pairs, embedded_unpaired
 from gan.distillation import NO_INGREDIENTS, DensePair, Ingredients
 from gan.elastic import ElasticNetwork, order_channels
 from gan.errors import UserError, unknown
+from gan.factories import groups_of
 from gan.features import load_extractor
 from gan.files import file_hash
 from gan.folders import Preprocess

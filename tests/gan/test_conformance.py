@@ -5,10 +5,11 @@ import torch
 from torch import Tensor, nn
 
 from gan.checkpoints import state_hash
-from gan.conformance import check_network, narrower, tried_groups
+from gan.conformance import check_network
 from gan.errors import UserError
 from gan.groups import ChannelGroup, Slot, discover_groups, find_groups
 from gan.slicing import Slicer
+from gan.trial_cuts import narrower, tried_groups
 from tests.gan.conftest import random, randomise
 from tests.gan.foreign import (
     AttentionUnet,
@@ -137,7 +138,7 @@ def test_a_wrong_slot_is_found(monkeypatch):
     group = right.groups[1]
     slots = tuple(slot for slot in group.slots if slot.axis == "out")
     wrong = type(right)((right.groups[0], ChannelGroup(**{**vars(group), "slots": slots})), right.frozen)
-    monkeypatch.setattr("gan.conformance.discover_groups", lambda *_: wrong)
+    monkeypatch.setattr("gan.trial_cuts.discover_groups", lambda *_: wrong)
     found = tried_groups(StridedCritic(), inputs)
     assert [group.name for group in found.groups] == ["stem"]
     assert found.frozen[-1].name == "down"

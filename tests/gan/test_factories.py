@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 from gan.checkpoints import load_network, recipe_path, save_network
-from gan.conformance import tried_groups
 from gan.errors import UserError
 from gan.factories import example_inputs, load_factory, make_network, parse_shape
 from gan.networks import Architecture
 from gan.own_task import load_foreign
 from gan.slicing import Slicer
+from gan.trial_cuts import tried_groups
 from tests.gan.conftest import random, randomise
 from tests.gan.foreign import SeparableResnet
 
