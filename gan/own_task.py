@@ -44,13 +44,13 @@ class OwnOptions:
     """Checkpoint of pytorch-CycleGAN-and-pix2pix, such as latest_net_G.pth; its options are inferred."""
     discriminator: Path | None = None
     """Its discriminator, such as latest_net_D.pth."""
+    data: Path | None = None
+    """Folder of images: train/ val/ test/ with A|B side by side, or trainA/ trainB/ testA/ testB/."""
     generator_factory: str | None = None
     """module:factory that builds a generator of any other kind; --generator is then its state dict (.pth or
     .safetensors), or left out where the factory loads it."""
     discriminator_factory: str | None = None
     """The same for the discriminator."""
-    data: Path | None = None
-    """Folder of images: train/ val/ test/ with A|B side by side, or trainA/ trainB/ testA/ testB/."""
     direction: Direction = "AtoB"
     """What the generator translates."""
     load_size: int = 0
