@@ -240,7 +240,7 @@ def open_task(options: Options) -> tuple[OwnTask | None, Task]:
 
 def first_warm_up(options: Options, task: Task, budgets: dict[str, Budget]) -> tuple[int, list[str]]:
     """Steps of the run's own warm-up by default, and what to say of them."""
-    own = task.folder is not None  # an embedded task whose weights are missing is refused
+    own = options.own.given or task.folder is not None  # an embedded task without its weights is refused
     if options.start == "dense" or task.elastic_path is not None or not own:
         return 0, []
     if options.quick:
