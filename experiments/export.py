@@ -24,6 +24,7 @@ from gan.data import to_float
 from gan.errors import UserError
 from gan.evaluation import Judge
 from gan.export import TOLERANCE, Parity, Source, describe_start, export_onnx
+from gan.factories import is_factory
 from gan.features import load_extractor
 from gan.files import file_hash, write_json
 from gan.loader import write_loader
@@ -214,7 +215,7 @@ def main(options: Options) -> None:
         start = find_start(subject, weights, options.network, options.source)
         write_json(recipe_path(weights), {**subject.recipe, **({"start": start} if start else {})})
         parities, files = write_models(subject, images, folder, name, options)
-        if subject.architecture.is_generator:
+        if subject.architecture.is_generator and not is_factory(subject.architecture.name):
             save_official(folder / "latest_net_G.pth", subject.network)
             write_loader(folder / f"pruned_{name}.py", subject.architecture, weights.name, "latest_net_G.pth")
         about: dict[str, Any] = {

@@ -888,3 +888,107 @@ def _margin_panel(axes: Axes, finetunings: Sequence[Margins]) -> None:
     axes.set_xlabel("training steps")
     axes.set_ylabel("discriminator's logit, real minus made")
     axes.legend(loc="best", fontsize=8)
+
+
+# Fronts
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """Plans of several costs.
+
+    Attributes:
+        label: name in the legend.
+        costs: (k,) shares of the dense cost, ascending.
+        values: (k,) what they are judged by, lower is better.
+        joined: whether one learner answers over the whole range: a line, not points alone.
+    """
+
+    label: str
+    costs: tuple[float, ...]
+    values: tuple[float, ...]
+    joined: bool
+
+
+@dataclass(frozen=True)
+class FrontPanel:
+    """One panel of :func:`fronts`.
+
+    Attributes:
+        title: what its plans are judged by, lower is better.
+        dense: the same of the dense pair.
+        frontiers: what to draw; the same labels in all panels, uniform pruning first.
+    """
+
+    title: str
+    dense: float
+    frontiers: tuple[Frontier, ...]
+
+
+SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
+"""Ticks of an axis of costs."""
+
+
+def fronts(panels: Sequence[FrontPanel], label: str, title: str = "") -> Figure:
+    """Cost against quality, better upwards, the dense pair at the top right.
+
+    Args:
+        panels: one for each metric, with at most ``MOST_SERIES`` frontiers.
+        label: of the costs.
+        title: of the figure.
+
+    Raises:
+        UserError: too many frontiers.
+    """
+    number = len(panels[0].frontiers)
+    if number > MOST_SERIES:
+        raise UserError(f"{number} fronts cannot be told apart in one figure; draw at most {MOST_SERIES}")
+    with mpl.rc_context(STYLE):
+        figure = Figure(figsize=(max(6.4, 4.6 * len(panels)), 4.6), layout="constrained")
+        FigureCanvasAgg(figure)
+        for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+            for place, one in enumerate(panel.frontiers):
+                axes.plot(one.costs, one.values, **_front_looks(place, one.joined))
+            axes.plot([1.0], [panel.dense], **DENSE_LOOKS)
+            axes.annotate(
+                "dense", (1.0, panel.dense), (-9, 0), textcoords="offset points", ha="right", va="center"
+            )
+            axes.set_xscale("log")
+            least = min(cost for one in panel.frontiers for cost in one.costs)
+            ticks = [share for share in SHARES if share >= 0.9 * least]
+            axes.set_xticks(ticks, [f"{share:g}" for share in ticks])
+            axes.minorticks_off()
+            axes.margins(x=0.06, y=0.08)
+            axes.invert_yaxis()
+            axes.set_title(panel.title)
+            axes.set_xlabel(label)
+        figure.axes[0].set_ylabel(
+            "lower is better; upwards is better" if len(panels) > 1 else "gap, better ↑"
+        )
+        handles = [
+            Line2D([], [], label=one.label, **_front_looks(place, one.joined))
+            for place, one in enumerate(panels[0].frontiers)
+        ]
+        figure.legend(handles=handles, loc="outside lower left", ncols=len(panels), handlelength=3.2)
+        if title:
+            figure.suptitle(title, x=0.01, ha="left", fontsize=11)
+    return figure
+
+
+DENSE_LOOKS: dict[str, Any] = {"color": "0.1", "marker": "*", "markersize": 12, "linestyle": "none"}
+
+
+def _front_looks(place: int, joined: bool) -> dict[str, Any]:
+    """Uniform pruning, the first, is dashed and grey with empty markers; points alone have no line."""
+    if place == 0:
+        grey = "0.45"
+        return {
+            "color": grey,
+            "marker": "o",
+            "markersize": 6,
+            "markerfacecolor": "white",
+            "linestyle": "--",
+        }
+    looks = _looks(place - 1)
+    marker = MARKERS[place % MOST_SERIES]
+    return {**looks, "marker": marker, "markersize": 6.5, "linestyle": "-" if joined else "none"}

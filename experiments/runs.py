@@ -131,6 +131,21 @@ class RunFolder:
         return self.path / "credit.json"
 
     @property
+    def source(self) -> Path:
+        """Folder of the policy that the search began with, where it began with one."""
+        return self.path / "source"
+
+    @property
+    def transfer(self) -> Path:
+        """What that policy was worth before any learning, and the evaluations that it saved."""
+        return self.path / "transfer.json"
+
+    @property
+    def pareto(self) -> Path:
+        """Folder of the front of a policy that was trained on a range of budgets."""
+        return self.path / "pareto"
+
+    @property
     def curves(self) -> Path:
         return self.path / "curves.png"
 
@@ -314,8 +329,8 @@ def task_of(folder: RunFolder) -> str:
 
 
 def flag(name: str) -> str:
-    """How an option is written on the command line."""
-    return f"--{name.replace('_', '-')}"
+    """How an option is written on the command line; a keyword of Python ends in ``_`` as a field."""
+    return f"--{name.rstrip('_').replace('_', '-')}"
 
 
 def check_least(options: Any, **least: float) -> None:

@@ -167,14 +167,25 @@ def learn(env: PruningEnv, agent: Agent, folder: RunFolder, stage: Stage | None 
     return listener.found
 
 
+def propose(env: PruningEnv, agent: Agent, budgets: Mapping[str, float] | None = None) -> Evaluation:
+    """What the agents propose, scored; nothing is counted.
+
+    Args:
+        env: prepared.
+        agent: the learner.
+        budgets: agent → keep ratio; by default the lowest of each.
+    """
+    asked = {name: budget.low for name, budget in env.budgets.items()} if budgets is None else budgets
+    return env.evaluate(agent.propose(env, asked), asked, counted=False)
+
+
 def find(env: PruningEnv, agent: Agent) -> dict[str, Evaluation]:
     """``best``: the best plan that was scored; ``proposed``: what the agents propose; ``uniform``.
 
     Where the budget was a range, plans of different budgets do not compare: the agents' plan at the
     lowest budget is taken.
     """
-    lowest = {name: budget.low for name, budget in env.budgets.items()}
-    proposed = env.evaluate(agent.propose(env, lowest), lowest, counted=False)
+    proposed = propose(env, agent)
     best = proposed if env.best is None else env.best
     uniform = env.evaluate(env.uniform_plan(best.budgets), best.budgets, counted=False)
     return {"best": best, "proposed": proposed, "uniform": uniform}

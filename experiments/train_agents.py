@@ -6,12 +6,12 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import torch
 from rich.console import Console
 from torch import nn
-from tyro.conf import OmitArgPrefixes
+from tyro.conf import OmitArgPrefixes, arg
 
 from envs.budget import Budget
 from envs.records import Evaluation
@@ -43,12 +43,14 @@ from experiments.runs import (
     flag,
     given_options,
     open_run,
+    plain,
     read_json,
     read_metrics,
     read_options,
     task_of,
 )
 from experiments.searching import Problem, find, learn, write_plans
+from experiments.transfer import adopt, begin, find_policy, read_target, write_transfer
 from experiments.watch import Watch
 from gan.cyclegan import CycleOptions
 from gan.data import PairedImages
@@ -80,6 +82,8 @@ EXAMPLES = (
         "--data facades",
         "your own networks and images",
     ),
+    ("python experiments/train_agents.py --budget 0.05:0.5", "one policy for every budget; see pareto.py"),
+    ("python experiments/train_agents.py --from runs/OTHER", "begin with the policy of another run"),
     ("python experiments/train_agents.py --resume runs/NAME", "go on with an interrupted run"),
 )
 
@@ -105,6 +109,10 @@ class Options:
     """Plans that the search may score."""
     output: Path | None = None
     """New run folder; without it runs/TASK-ALGO-sSEED, numbered when that exists."""
+    from_: Annotated[Path | None, arg(name="from")] = None
+    """Begin with the policy of this run, of whatever task or size, or of a folder that one was saved to."""
+    reference: Path | None = None
+    """With --from: a run of the same problem without it, to say how many evaluations were saved."""
     start: Literal["elastic", "dense"] = "elastic"
     """Score and finetune slices of elastic weights, or raw slices of the dense ones."""
     reward: Literal["step", "final"] = "final"
@@ -180,16 +188,29 @@ def open_folder(options: Options) -> tuple[Options, RunFolder]:
     if options.cost == "latency":
         task = task.with_latency()
     check_reachable(task, budgets, options.cost)
+    policy = None if options.from_ is None else find_policy(options.from_, options.algo)
+    if options.reference is not None and policy is None:
+        raise UserError("--reference says what --from saves; give both, or leave it out")
     if options.warm_up is None:
         steps, note = first_warm_up(options, task, budgets)
         options, notes = replace(options, warm_up=steps), [*notes, *note]
     if options.start == "elastic" and not options.warm_up:
         task.shipped_elastic()
+    target = None
+    if options.reference is not None:
+        asked = plain(replace(options, task=task.reference))
+        target = read_target(options.reference, asked)
     folder = create_run(task.name, options.algo, options.seed, options.output)
     if own is not None:
         task = replace(task, folder=save_own_task(folder.task, own).resolve())
     options = replace(options, task=task.reference)
-    describe_run(folder, options, device=str(task.device), threads=torch.get_num_threads(), notes=notes)
+    about: dict[str, Any] = {"device": str(task.device), "threads": torch.get_num_threads(), "notes": notes}
+    if policy is not None:
+        assert options.from_ is not None
+        adopt(policy, folder)
+        about["transfer"] = {"source": options.from_.resolve(), "reference": target}
+        options = replace(options, from_=options.from_.resolve())
+    describe_run(folder, options, **about)
     if options.cost == "latency":
         with_latency(task, folder.latency)
     return options, folder
@@ -278,6 +299,8 @@ def run(options: Options, folder: RunFolder, console: Console) -> None:
         with watch.stage("latency"):
             errors = latency_errors(task, {"uniform": uniform, "pruned": best.plan})
         evaluation["latency"] = errors
+    if folder.transfer.is_file():
+        evaluation["transfer"] = read_json(folder.transfer)
     # Written last: a run that has it is finished.
     write_json(folder.evaluation, evaluation)
     evaluation_table(rows, console)
@@ -357,8 +380,9 @@ def search(
     agent = build_learner(options.algo, options.seed, folder.tensorboard)
     with watch.stage("references") as stage:
         env.prepare(stage.at)
+    zero_shot = begin(agent, env, folder)
     with watch.stage("search", sizes.evaluations) as stage:
-        learn(env, agent, folder, stage)
+        incumbents = learn(env, agent, folder, stage)
     # What is read from the log took its time before the interruption.
     watch.seconds["references"] = round(watch.seconds["references"] + log.reference_seconds, 2)
     watch.seconds["search"] = round(watch.seconds["search"] + log.search_seconds, 2)
@@ -370,6 +394,10 @@ def search(
             soft_wrap=True,
         )
     found = find(env, agent)
+    if zero_shot is not None:
+        found["zero_shot"] = zero_shot
+        for line in write_transfer(folder, zero_shot, incumbents):
+            watch.console.print(line, highlight=False, soft_wrap=True)
     write_plans(folder, found)
     credit = write_credit(folder, share_credit(env, found["best"].plan, found["best"].budgets))
     watch.console.print(describe_credit(credit), highlight=False, soft_wrap=True)

@@ -11,7 +11,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from gan.errors import UserError
-from gan.groups import CONVOLUTIONS, NORMS, ChannelGroup, trace_resolutions
+from gan.groups import (
+    CONVOLUTIONS,
+    NORMS,
+    ChannelGroup,
+    is_depthwise,
+    norm_channels,
+    trace_resolutions,
+)
 from gan.latency import LatencyTable
 
 CostKind = Literal["macs", "params", "latency"]
@@ -33,7 +40,7 @@ class CostModel:
         kernel_macs: (L,) positions × kernel area of each convolution.
         kernel_params: (L,) kernel area.
         in_groups: (L, n) how many times each group feeds the convolution.
-        in_fixed: (L,) input channels that no group owns.
+        in_fixed: (L,) input channels that no group owns; 1 for a depthwise convolution.
         out_groups: (L, n) 1 at the group that the convolution makes.
         out_fixed: (L,) output channels that no group owns.
         vector_params: (n,) parameters per channel beside the kernels (biases, norm scale and shift).
@@ -116,20 +123,31 @@ def build_cost_model(
         assert isinstance(module, CONVOLUTIONS)
         pixels_in, pixels_out, _ = resolutions[name]
         positions = pixels_in if isinstance(module, nn.ConvTranspose2d) else pixels_out
-        kernel_params[i] = module.kernel_size[0] * module.kernel_size[1] / module.groups
-        kernel_macs[i] = positions * kernel_params[i]
+        kernel_params[i] = module.kernel_size[0] * module.kernel_size[1]
         in_fixed[i], out_fixed[i] = module.in_channels, module.out_channels
+        if is_depthwise(module):  # every channel reads one, however many there are
+            in_fixed[i] = 1
+        else:
+            kernel_params[i] /= module.groups
+        kernel_macs[i] = positions * kernel_params[i]
     vector_params = np.zeros(n)
     vectors = {
         name: 0 for name, module in network.named_modules() if isinstance(module, CONVOLUTIONS + NORMS)
     }
-    vector_fixed = 0.0
+    # What belongs to other layers (linear ones, parameters of the network's own) is never cut.
+    vector_fixed = float(
+        sum(
+            parameter.numel()
+            for name, parameter in network.named_parameters()
+            if name.rpartition(".")[0] not in vectors
+        )
+    )
     for name in vectors:
         module = network.get_submodule(name)
         own = dict(module.named_parameters(recurse=False))
         vectors[name] = sum(key == "bias" or isinstance(module, NORMS) for key in own)
-        channels = module.out_channels if isinstance(module, CONVOLUTIONS) else module.num_features
-        vector_fixed += vectors[name] * int(channels)  # type: ignore[arg-type]
+        channels = module.out_channels if isinstance(module, CONVOLUTIONS) else norm_channels(module)
+        vector_fixed += vectors[name] * channels
     for g, group in enumerate(groups):
         for slot in group.slots:
             if slot.axis == "in" and slot.module in row:

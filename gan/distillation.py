@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from gan.errors import UserError, unknown
 from gan.features import load_differentiable_stages
-from gan.groups import CONVOLUTIONS, NORMS, ChannelGroup
+from gan.groups import CONVOLUTIONS, NORMS, ChannelGroup, norm_channels
 from gan.losses import kernel_alignment, paired_input, relative_distance, scaled_error
 
 SMALLEST_MAP = 4
@@ -290,7 +290,7 @@ class FeatureDistance(nn.Module):
 
 def _channels(network: nn.Module, tap: str) -> int:
     module = network.get_submodule(tap)
-    count = module.num_features if isinstance(module, NORMS) else module.out_channels
+    count = norm_channels(module) if isinstance(module, NORMS) else module.out_channels
     assert isinstance(count, int)
     return count
 

@@ -19,8 +19,9 @@ from torch.nn import functional as F
 
 from gan.checkpoints import load_network, load_tensors, read_recipe, recipe_path, save_tensors, tensors_hash
 from gan.errors import UserError
+from gan.factories import groups_of
 from gan.files import file_hash, write_bytes
-from gan.groups import ChannelGroup, find_groups
+from gan.groups import ChannelGroup
 from gan.networks import Architecture
 from gan.onnx_writer import size_step, write_onnx
 from gan.runtime import OnnxNetwork, with_metadata
@@ -157,7 +158,7 @@ class Source:
         """
         network = architecture.build()
         example = torch.zeros(1, architecture.in_channels, image_size, image_size)
-        groups = find_groups(network, [example])
+        groups = groups_of(architecture.name, network, [example])
         if kind == "dense":
             tensors = load_network(path)[0].state_dict()
             orders = tuple(torch.arange(group.channels) for group in groups)

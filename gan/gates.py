@@ -23,14 +23,15 @@ class GatedNetwork:
 
     Args:
         elastic: the weights, channels in order of importance; neither changed nor trained.
+        own_statistics: keep BatchNorm's running statistics instead.
     """
 
-    def __init__(self, elastic: ElasticNetwork) -> None:
+    def __init__(self, elastic: ElasticNetwork, own_statistics: bool = False) -> None:
         slicer = elastic.slicer
         self.channels = slicer.dense_widths
         self._network = elastic.network(slicer.dense_widths, shared=True).requires_grad_(False)
         for module in self._network.modules():
-            if isinstance(module, nn.BatchNorm2d):
+            if isinstance(module, nn.BatchNorm2d) and not own_statistics:
                 module.track_running_stats = False
                 module.running_mean = module.running_var = None
         self._readers: dict[str, list[tuple[int, int]]] = {}
@@ -50,8 +51,12 @@ class GatedNetwork:
             inputs: (N, C, H, W).
             gates: per group (channels,) in [0, 1]; None leaves everything open.
         """
+        return self.run((inputs,), gates)
+
+    def run(self, inputs: Sequence[Tensor], gates: Sequence[Tensor] | None = None) -> Any:
+        """The same for networks with several inputs or outputs: whatever the network hands back."""
         with self._held(gates):
-            return self._network(inputs)
+            return self._network(*inputs)
 
     @contextmanager
     def _held(self, gates: Sequence[Tensor] | None) -> Iterator[None]:

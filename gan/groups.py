@@ -8,17 +8,20 @@ activations make it skip layers silently.
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch_pruning as tp
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch_pruning.ops import _OutputOp
 
 Axis = Literal["out", "in"]
 CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
-NORMS = (nn.BatchNorm2d, nn.InstanceNorm2d)
+NORMS = (nn.BatchNorm2d, nn.InstanceNorm2d, nn.GroupNorm)
+"""A GroupNorm only where it has one group or one per channel: see :func:`_obstacle`."""
 
 
 @dataclass(frozen=True)
@@ -27,7 +30,8 @@ class Slot:
 
     Attributes:
         module: dotted name of the convolution or norm.
-        axis: ``out`` (the module makes these channels) or ``in`` (it reads them).
+        axis: ``out`` (the module makes these channels) or ``in`` (it reads them). A depthwise convolution
+            carries its channels through and counts as ``out``, like a norm.
         start: position of the group's first channel along that axis (> 0 behind a concatenation).
     """
 
@@ -57,6 +61,48 @@ class ChannelGroup:
     kernel: int
     stride: int
     resolution: int
+
+
+@dataclass(frozen=True)
+class FrozenGroup:
+    """Channels that stay as they are.
+
+    Attributes:
+        name: dotted name of the first convolution (in forward order) that makes the channels.
+        channels: their number.
+        reason: why they cannot be cut; goes on after "frozen: ".
+    """
+
+    name: str
+    channels: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Discovery:
+    """What there is to decide on a network, and what is not.
+
+    Attributes:
+        groups: what can be cut, in forward order.
+        frozen: what cannot, in forward order; the network's own output is among it.
+    """
+
+    groups: tuple[ChannelGroup, ...]
+    frozen: tuple[FrozenGroup, ...]
+
+
+def is_depthwise(module: nn.Module) -> bool:
+    """Whether a module is a convolution with one kernel per channel and nothing between channels."""
+    return (
+        isinstance(module, CONVOLUTIONS)
+        and 1 < module.groups == module.in_channels
+        and module.out_channels == module.groups
+    )
+
+
+def norm_channels(norm: nn.Module) -> int:
+    """Channels of a norm: GroupNorm has another word for them."""
+    return int(norm.num_channels if isinstance(norm, nn.GroupNorm) else norm.num_features)  # type: ignore[arg-type]
 
 
 def without_inplace(network: nn.Module) -> nn.Module:
@@ -91,18 +137,99 @@ def trace_resolutions(network: nn.Module, inputs: Sequence[Tensor]) -> dict[str,
     return seen
 
 
+_BLENDS = frozenset(
+    getattr(owner, name)
+    for owner, names in (
+        (torch, ("add", "sub", "mul", "div", "maximum", "minimum")),
+        (Tensor, ("add", "sub", "mul", "div", "__add__", "__radd__", "__sub__", "__rsub__")),
+        (Tensor, ("__mul__", "__rmul__", "__truediv__", "__rtruediv__", "expand_as")),
+    )
+    for name in names
+)
+
+
+class _WithoutBroadcasts(TorchFunctionMode):
+    """Keeps one-channel maps that meet many channels (attention gates, masks) out of the graph.
+
+    torch_pruning ties the operands of every product channel by channel. For a map of one channel that is
+    wrong, and it moves the offsets of the concatenations behind it. The map is taken for an output instead:
+    whatever makes it keeps its one channel.
+
+    Attributes:
+        maps: what was taken out, in forward order.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maps: list[Tensor] = []
+
+    def __torch_function__(
+        self,
+        function: Callable[..., Any],
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        operands = [x for x in args if isinstance(x, Tensor) and x.dim() == 4]
+        if function in _BLENDS and len({x.shape[1] for x in operands}) > 1:
+            self.maps += [x for x in operands if x.shape[1] == 1 and x.requires_grad]
+            args = tuple(
+                x.detach() if isinstance(x, Tensor) and x.dim() == 4 and x.shape[1] == 1 else x for x in args
+            )
+        return function(*args, **(kwargs or {}))
+
+
+def tensors_of(outputs: Any) -> list[Tensor]:
+    """The tensors of whatever a network hands back, in order."""
+    if isinstance(outputs, Tensor):
+        return [outputs]
+    if isinstance(outputs, Mapping):
+        outputs = list(outputs.values())
+    return [x for part in outputs for x in tensors_of(part)] if isinstance(outputs, list | tuple) else []
+
+
+def _forward(network: nn.Module, inputs: Sequence[Tensor]) -> list[Tensor]:
+    """Outputs for the tracer, gates beside them."""
+    with _WithoutBroadcasts() as mode:
+        outputs = tensors_of(network(*inputs))
+    return [x for x in (*outputs, *mode.maps) if x.requires_grad]
+
+
+def _obstacle(module: nn.Module, label: str) -> str | None:
+    """Why the channels of a module cannot be cut; None where they can."""
+    if isinstance(module, CONVOLUTIONS):
+        if "weight" not in module._parameters:
+            return f"the weight of {label!r} is computed (spectral or weight norm); fold it into a plain one"
+        if module.groups != 1 and not is_depthwise(module):
+            return f"they reach {label!r}, a grouped convolution that is not depthwise"
+        return None
+    if isinstance(module, nn.GroupNorm):
+        if module.num_groups in (1, module.num_channels):
+            return None
+        return (
+            f"they reach {label!r}, a GroupNorm of {module.num_groups} groups; only those of 1 group or one "
+            "per channel keep their meaning in a slice"
+        )
+    if isinstance(module, NORMS):
+        return None
+    return f"they reach {label!r} ({type(module).__name__}); only convolutions and norms can be sliced"
+
+
 def find_groups(network: nn.Module, inputs: Sequence[Tensor]) -> tuple[ChannelGroup, ...]:
-    """The channel groups of a network, in forward order.
+    """The channel groups of a network that can be cut, in forward order: see :func:`discover_groups`."""
+    return discover_groups(network, inputs).groups
+
+
+def discover_groups(network: nn.Module, inputs: Sequence[Tensor]) -> Discovery:
+    """The channel groups of a network in forward order: what can be cut, and what cannot and why.
 
     Args:
         network: any traceable convolutional network; it is copied, never changed.
-        inputs: example inputs, one tensor per argument of ``forward``, each (N, C, H, W).
+        inputs: example inputs, one tensor per argument of ``forward``, (N, C, H, W) or, for labels, (N, C).
 
-    Groups that reach the network's output are no decision and are left out.
-
-    Raises:
-        ValueError: if a group spreads over a layer that cannot be sliced (linear layers, grouped
-            convolutions, scattered channels); the sentence names the layer.
+    Frozen are groups that reach the network's output or input, or a layer that cannot be sliced (linear
+    layers, convolutions of several groups that are not depthwise, most GroupNorms, parameters of the
+    network's own), and channels that are scattered somewhere.
     """
     network = without_inplace(copy.deepcopy(network)).eval()
     for module in network.modules():
@@ -116,47 +243,57 @@ def find_groups(network: nn.Module, inputs: Sequence[Tensor]) -> tuple[ChannelGr
     for parameter in network.parameters():
         parameter.requires_grad_(True)  # the graph is read off autograd
     with torch.enable_grad():
-        graph = tp.DependencyGraph().build_dependency(network, example_inputs=tuple(inputs))
+        graph = tp.DependencyGraph().build_dependency(
+            network, example_inputs=list(inputs), forward_fn=_forward, verbose=False
+        )
 
     groups: list[ChannelGroup] = []
+    frozen: list[FrozenGroup] = []
     claimed: set[str] = set()
     for name in order:
         module = network.get_submodule(name)
         if name in claimed or not isinstance(module, CONVOLUTIONS):
             continue
-        prune = graph.get_pruner_of_module(module).prune_out_channels
         channels = module.out_channels
         slots: list[Slot] = []
+        obstacles: list[str] = []
+        if is_depthwise(module):  # whatever feeds it is no convolution, or that would have claimed it
+            obstacles.append("they are the network's input, through a depthwise convolution")
+        if module not in graph.module2node:
+            frozen.append(FrozenGroup(name, channels, "the tracer does not see how they reach the output"))
+            continue
         reaches_output = False
+        prune = graph.get_pruner_of_module(module).prune_out_channels
         for item in graph.get_pruning_group(module, prune, idxs=list(range(channels))):
             target = item.dep.target.module
-            if target not in names or isinstance(target, (nn.Identity, nn.Dropout)):
+            reaches_output |= isinstance(target, _OutputOp)
+            if isinstance(target, nn.Parameter):
+                label = next((key for key, value in network.named_parameters() if value is target), "?")
+                obstacles.append(f"they reach {label!r}, a parameter outside of convolutions and norms")
+            if target not in names or isinstance(target, nn.Identity | nn.Dropout):
                 continue  # concatenations, activations: nothing to cut
+            if isinstance(target, nn.PReLU) and target.num_parameters == 1:
+                continue
             label = names[target]
             axis: Axis = "out" if graph.is_out_channel_pruning_fn(item.dep.handler) else "in"
             places = [int(i) for i in item.idxs]
             start = places[0]
-            if not isinstance(target, CONVOLUTIONS + NORMS):
-                raise ValueError(
-                    f"channels of {name!r} reach {label!r} ({type(target).__name__}); only convolutions, "
-                    "BatchNorm2d and InstanceNorm2d can be sliced"
-                )
-            if places != list(range(start, start + channels)):
-                raise ValueError(
-                    f"channels of {name!r} are scattered in {label!r}; they must be contiguous there"
-                )
-            if isinstance(target, CONVOLUTIONS) and target.groups != 1:
-                raise ValueError(
-                    f"channels of {name!r} reach {label!r}, a grouped convolution, which cannot be sliced"
-                )
             if isinstance(target, CONVOLUTIONS) and axis == "out":
                 claimed.add(label)
-                reaches_output |= label == next(reversed(order))
+            if (obstacle := _obstacle(target, label)) is not None:
+                obstacles.append(obstacle)
+            elif places != list(range(start, start + channels)):
+                obstacles.append(f"they are scattered in {label!r}; they must be contiguous there")
             slot = Slot(label, axis, start)
             if slot not in slots:
                 slots.append(slot)
-        reads = [slot for slot in slots if slot.axis == "in"]
-        if reaches_output or not reads:
+        claimed.add(name)
+        if reaches_output:
+            obstacles = ["they are the network's output, or a map that many channels are multiplied by"]
+        elif not any(slot.axis == "in" for slot in slots):
+            obstacles.append("no convolution reads them; they go to the network's output")
+        if obstacles:
+            frozen.append(FrozenGroup(name, channels, obstacles[0]))
             continue
         groups.append(
             ChannelGroup(
@@ -169,4 +306,4 @@ def find_groups(network: nn.Module, inputs: Sequence[Tensor]) -> tuple[ChannelGr
                 resolution=resolutions[name][2],
             )
         )
-    return tuple(groups)
+    return Discovery(tuple(groups), tuple(frozen))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from gan.groups import CONVOLUTIONS, ChannelGroup
+from gan.groups import CONVOLUTIONS, ChannelGroup, is_depthwise
 
 
 def l1_importance(network: nn.Module, groups: Sequence[ChannelGroup]) -> tuple[Tensor, ...]:
@@ -23,7 +23,7 @@ def l1_importance(network: nn.Module, groups: Sequence[ChannelGroup]) -> tuple[T
         rows = []
         for slot in group.slots:
             module = network.get_submodule(slot.module)
-            if slot.axis == "out" and isinstance(module, CONVOLUTIONS):
+            if slot.axis == "out" and isinstance(module, CONVOLUTIONS) and not is_depthwise(module):
                 weight = module.weight.detach().double()
                 weight = weight.transpose(0, 1) if isinstance(module, nn.ConvTranspose2d) else weight
                 rows.append(weight[slot.start : slot.start + group.channels].abs().flatten(1).mean(1))

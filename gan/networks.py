@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gan.errors import UserError, unknown
+from gan.factories import build_network, factory_widths, is_factory
 
 NormKind = Literal["batch", "instance", "none"]
 StatisticsKind = Literal["running", "image"]
@@ -265,7 +266,7 @@ class Architecture:
     """Everything that is needed to build a network again.
 
     Attributes:
-        name: one of ``GENERATORS`` or ``DISCRIMINATORS``.
+        name: one of ``GENERATORS`` or ``DISCRIMINATORS``, or ``module:factory``: code of the user's.
         in_channels: channels of the input (a paired discriminator sees input and output stacked).
         out_channels: channels of the image (1 logit for discriminators).
         base_width: ngf or ndf of the reference; the dense widths follow from it.
@@ -274,6 +275,8 @@ class Architecture:
         layers: halvings of the ``n_layers`` discriminator.
         widths: channel counts of a pruned network, in the forward order of its groups; None = dense.
         statistics: what BatchNorm normalises with: ``running`` statistics, or those of the ``image`` at hand.
+        role: what a factory's network is; the names of the others say it.
+        trace_size: height and width in pixels at which the groups of a factory's network are found.
     """
 
     name: str
@@ -285,11 +288,15 @@ class Architecture:
     layers: int = 3
     widths: tuple[int, ...] | None = None
     statistics: StatisticsKind = "running"
+    role: Literal["generator", "discriminator"] | None = None
+    trace_size: int = 0
 
     @property
     def dense_widths(self) -> tuple[int, ...]:
         """Channel counts of the unpruned network."""
         base = self.base_width
+        if is_factory(self.name):
+            return factory_widths(self.name, self._traced)
         if levels := unet_levels(self.name):
             down = [base * min(2**depth, 8) for depth in range(levels)]
             return (*down, *reversed(down[:-1]))
@@ -303,15 +310,23 @@ class Architecture:
         raise unknown("architecture", self.name, (*GENERATORS, *DISCRIMINATORS))
 
     @property
+    def _traced(self) -> tuple[int, int, int]:
+        return self.in_channels, self.trace_size, self.trace_size
+
+    @property
     def is_generator(self) -> bool:
-        return unet_levels(self.name) is not None or resnet_blocks(self.name) is not None
+        return (
+            self.role == "generator"
+            or unet_levels(self.name) is not None
+            or resnet_blocks(self.name) is not None
+        )
 
     @property
     def size_multiple(self) -> int:
         """Pixels that height and width of an image must be a multiple of."""
         if levels := unet_levels(self.name):
             return int(2**levels)
-        return 4 if self.is_generator else 1
+        return 4 if resnet_blocks(self.name) else 1
 
     def pruned(self, widths: tuple[int, ...]) -> Architecture:
         """The same architecture with other channel counts."""
@@ -323,13 +338,16 @@ class Architecture:
         Raises:
             UserError: unknown name or a wrong number of widths.
         """
+        if self.statistics not in get_args(StatisticsKind):
+            raise unknown("norm statistics", self.statistics, get_args(StatisticsKind))
+        network: nn.Module
+        if is_factory(self.name):
+            network = build_network(self.name, self._traced, self.widths)
+            return with_image_statistics(network) if self.statistics == "image" else network
         dense = self.dense_widths
         widths = dense if self.widths is None else self.widths
         if len(widths) != len(dense) or min(widths) < 1:
             raise UserError(f"{self.name} takes {len(dense)} positive widths; got {list(widths)}")
-        if self.statistics not in get_args(StatisticsKind):
-            raise unknown("norm statistics", self.statistics, get_args(StatisticsKind))
-        network: nn.Module
         if self.is_generator:
             kind = UnetGenerator if unet_levels(self.name) else ResnetGenerator
             network = kind(self.in_channels, self.out_channels, widths, self.norm, self.dropout)
@@ -339,7 +357,9 @@ class Architecture:
         return with_image_statistics(network) if self.statistics == "image" else network
 
     def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+        """A JSON-ready form; what only factories have is left out for others."""
+        values = asdict(self)
+        return values if self.role else {k: v for k, v in values.items() if k not in ("role", "trace_size")}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Architecture:

@@ -16,15 +16,17 @@ from typing import Any, Literal, get_args
 import torch
 from torch import nn
 
-from gan.checkpoints import load_network, save_network
+from gan.checkpoints import load_network, load_tensors, save_network
 from gan.cost import build_cost_model, published_macs
 from gan.data import PairedImages, to_float
 from gan.errors import UserError, unknown
+from gan.factories import example_inputs, first_channels, is_factory, make_network
 from gan.files import file_hash, write_json
 from gan.folders import Direction, OddImages, PairedSplits, Preprocess, PreprocessKind, Reading, load_pairs
 from gan.losses import AdversarialKind
-from gan.networks import Architecture, StatisticsKind, unet_levels, with_image_statistics
-from gan.official import OfficialNetwork, check_pair, load_official
+from gan.networks import Architecture, NormKind, StatisticsKind, unet_levels, with_image_statistics
+from gan.official import OfficialNetwork, check_pair, load_official, read_state
+from gan.trial_cuts import run, shapes_of, tried_groups
 
 AGENTS = ("generator", "discriminator")
 TASK_FILE = "task.json"
@@ -44,6 +46,11 @@ class OwnOptions:
     """Its discriminator, such as latest_net_D.pth."""
     data: Path | None = None
     """Folder of images: train/ val/ test/ with A|B side by side, or trainA/ trainB/ testA/ testB/."""
+    generator_factory: str | None = None
+    """module:factory that builds a generator of any other kind; --generator is then its state dict (.pth or
+    .safetensors), or left out where the factory loads it."""
+    discriminator_factory: str | None = None
+    """The same for the discriminator."""
     direction: Direction = "AtoB"
     """What the generator translates."""
     load_size: int = 0
@@ -85,7 +92,11 @@ class OwnOptions:
         Raises:
             UserError: what is missing or out of range.
         """
-        missing = [f"--{name}" for name in (*AGENTS, "data") if getattr(self, name) is None]
+        missing = [
+            f"--{name}"
+            for name in (*AGENTS, "data")
+            if getattr(self, name) is None and getattr(self, f"{name}_factory", None) is None
+        ]
         if missing:
             raise UserError(
                 f"a task of your own needs --generator, --discriminator and --data; {' and '.join(missing)} "
@@ -143,13 +154,8 @@ def make_own_task(options: OwnOptions, device: str = "cpu") -> OwnTask:
         UserError: with what to do.
     """
     options.check()
-    assert options.generator is not None
-    assert options.discriminator is not None
     assert options.data is not None
-    pair = {
-        "generator": load_official(options.generator),
-        "discriminator": load_official(options.discriminator),
-    }
+    pair = {agent: _load_network(options, agent) for agent in AGENTS}
     check_pair(pair["generator"], pair["discriminator"])
     made = pair["generator"].architecture
     if options.dropout and unet_levels(made.name):
@@ -185,13 +191,78 @@ def make_own_task(options: OwnOptions, device: str = "cpu") -> OwnTask:
         adversarial=options.gan_mode,
         networks=networks,
         architectures=architectures,
-        sources={
-            agent: {"source": str(path.resolve()), "source_hash": file_hash(path)}
-            for agent, path in (("generator", options.generator), ("discriminator", options.discriminator))
-        },
+        sources={agent: _source(options, agent) for agent in AGENTS},
         images=images,
         notes=tuple(notes),
     )
+
+
+def _load_network(options: OwnOptions, agent: str) -> OfficialNetwork:
+    """The network of an agent: of a checkpoint whose options are inferred, or of the user's own code."""
+    path, factory = getattr(options, agent), getattr(options, f"{agent}_factory")
+    if factory is None:
+        return load_official(path)
+    return load_foreign(factory, path, agent, options.crop_size or USUAL_SIZE)
+
+
+def _source(options: OwnOptions, agent: str) -> dict[str, str]:
+    """Where a network came from, for its recipe."""
+    path = getattr(options, agent)
+    if path is None:
+        return {"source": getattr(options, f"{agent}_factory")}
+    return {"source": str(path.resolve()), "source_hash": file_hash(path)}
+
+
+def load_foreign(factory: str, path: Path | None, agent: str, size: int) -> OfficialNetwork:
+    """A network that the user's own code builds.
+
+    Args:
+        factory: ``module:factory``.
+        path: its state dict, ``.safetensors`` or ``.pth``; None keeps the weights that it comes with.
+        agent: what it is to be.
+        size: height and width of the images, in pixels.
+
+    Raises:
+        UserError: no such factory, weights that do not fit, a network that does not run on one image tensor,
+            or nothing in it to cut.
+    """
+    network = make_network(factory)
+    if path is not None:
+        state = load_tensors(path) if path.suffix == ".safetensors" else read_state(path)
+        try:
+            network.load_state_dict(state)
+        except RuntimeError as error:
+            detail = str(error).splitlines()[-1].strip()
+            raise UserError(f"the weights in {path} do not fit the network of {factory}: {detail}") from error
+    channels = first_channels(network)
+    inputs = example_inputs([(channels, size, size)])
+    made = run(network, inputs)
+    image = isinstance(made, torch.Tensor) and made.dim() == 4
+    if not image or (agent == "generator" and made.shape[2:] != inputs[0].shape[2:]):
+        raise UserError(
+            f"{factory} makes {[*map(tuple, shapes_of(made))]} of {tuple(inputs[0].shape)}; a {agent} must "
+            + ("make one image of the same size" if agent == "generator" else "make one map of logits")
+        )
+    found = tried_groups(network, inputs)
+    if not found.groups:
+        raise UserError(
+            f"{factory} has no channels that can be cut; see why: "
+            f"python experiments/check_network.py {factory}"
+        )
+    kinds = {type(module) for module in network.modules()}
+    norm: NormKind = "instance" if nn.InstanceNorm2d in kinds else "none"
+    architecture = Architecture(
+        factory,
+        channels,
+        int(made.shape[1]),
+        min(group.channels for group in found.groups),
+        "batch" if nn.BatchNorm2d in kinds else norm,
+        role="generator" if agent == "generator" else "discriminator",
+        trace_size=size,
+    )
+    frozen = f"; frozen: {', '.join(group.name for group in found.frozen)}" if found.frozen else ""
+    note = f"{agent}: {len(found.groups)} groups of {factory} can be cut{frozen}"
+    return OfficialNetwork(network, architecture, (note,))
 
 
 def _reading(options: OwnOptions, generator: Architecture) -> Reading:
@@ -234,7 +305,7 @@ def check_sizes(images: PairedImages, generator: Architecture, discriminator: Ar
             f"{generator.name} takes images whose sides are multiples of {multiple} pixels, but they would "
             f"be {width} × {height}; choose another --crop-size, and --preprocess resize_and_crop"
         )
-    with torch.device("meta"):
+    with torch.device("cpu" if is_factory(discriminator.name) else "meta"):
         network = discriminator.build().eval()
         seen = torch.zeros(1, discriminator.in_channels, height, width)
     try:

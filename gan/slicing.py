@@ -9,7 +9,15 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from gan.groups import CONVOLUTIONS, NORMS, Axis, ChannelGroup, without_inplace
+from gan.groups import (
+    CONVOLUTIONS,
+    NORMS,
+    Axis,
+    ChannelGroup,
+    is_depthwise,
+    norm_channels,
+    without_inplace,
+)
 
 Part = tuple[int, int, int | None]
 """(start, channels, index of the group that owns them or None) along one axis."""
@@ -64,9 +72,27 @@ class Slicer:
                 slots.setdefault((slot.module, slot.axis), []).append((slot.start, group.channels, index))
         self._axes: dict[str, dict[Axis, list[Part]]] = {}
         self._layout: dict[str, list[tuple[int, list[Part]]]] = {}
+        self._statistics: list[str] = []
+        self._group_per_channel = {
+            name
+            for name, module in network.named_modules()
+            if isinstance(module, nn.GroupNorm) and 1 < module.num_groups == module.num_channels
+        }
+        state = network.state_dict()
+        # Values that no state dict carries: the skeleton has none.
+        self._constants = {
+            name: value.detach().clone() for name, value in network.named_buffers() if name not in state
+        }
         for name, module in network.named_modules():
-            if isinstance(module, CONVOLUTIONS):
+            if is_depthwise(module):
                 axes: dict[Axis, list[Part]] = {
+                    "out": _parts(module.out_channels, slots.get((name, "out"), []))  # type: ignore[arg-type]
+                }
+                self._layout |= {f"{name}.{tensor}": [(0, axes["out"])] for tensor in ("weight", "bias")}
+            elif isinstance(module, CONVOLUTIONS) and module.groups != 1:
+                continue  # never cut
+            elif isinstance(module, CONVOLUTIONS):
+                axes = {
                     "out": _parts(module.out_channels, slots.get((name, "out"), [])),
                     "in": _parts(module.in_channels, slots.get((name, "in"), [])),
                 }
@@ -74,12 +100,14 @@ class Slicer:
                 self._layout[f"{name}.weight"] = [(out_dim, axes["out"]), (in_dim, axes["in"])]
                 self._layout[f"{name}.bias"] = [(0, axes["out"])]
             elif isinstance(module, NORMS):
-                axes = {"out": _parts(module.num_features, slots.get((name, "out"), []))}
+                axes = {"out": _parts(norm_channels(module), slots.get((name, "out"), []))}
                 for tensor in ("weight", "bias", "running_mean", "running_var"):
                     self._layout[f"{name}.{tensor}"] = [(0, axes["out"])]
             else:
                 continue
             self._axes[name] = axes
+            if isinstance(module, NORMS):
+                self._statistics += [f"{name}.{key}" for key, _ in module.named_buffers(recurse=False)]
 
     def _check(self, widths: Sequence[int]) -> None:
         if len(widths) != len(self.groups):
@@ -92,7 +120,11 @@ class Slicer:
         """The tensors of the sliced network: views of ``tensors``, joined copies at concatenations."""
         self._check(widths)
         sliced = {}
-        for name, tensor in tensors.items():
+        constants = {name: value for name, value in self._constants.items() if name not in tensors}
+        if constants:
+            device = next(iter(tensors.values())).device
+            constants = {name: value.to(device) for name, value in constants.items()}
+        for name, tensor in {**tensors, **constants}.items():
             for dim, parts in self._layout.get(name, ()):
                 kept = [
                     tensor.narrow(dim, start, channels if group is None else widths[group])
@@ -110,8 +142,14 @@ class Slicer:
                 axis: sum(channels if group is None else widths[group] for _, channels, group in parts)
                 for axis, parts in axes.items()
             }
-            if isinstance(module, CONVOLUTIONS):
+            if isinstance(module, CONVOLUTIONS) and "in" not in axes:  # depthwise, also at one channel
+                module.out_channels = module.in_channels = module.groups = count["out"]
+            elif isinstance(module, CONVOLUTIONS):
                 module.out_channels, module.in_channels = count["out"], count["in"]
+            elif isinstance(module, nn.GroupNorm):
+                module.num_channels = count["out"]
+                if name in self._group_per_channel:
+                    module.num_groups = count["out"]
             elif isinstance(module, NORMS):
                 module.num_features = count["out"]
 
@@ -124,8 +162,7 @@ class Slicer:
         """
         sliced = self.narrow(tensors, widths)
         if training:  # running statistics of a mixture of widths would mean nothing
-            buffers = {name: torch.zeros_like(sliced[name]) for name, _ in self._skeleton.named_buffers()}
-            sliced.update(buffers)
+            sliced |= {name: torch.zeros_like(sliced[name]) for name in self._statistics}
         self._shape(self._skeleton, widths)
         self._skeleton.train(training)
         output = functional_call(self._skeleton, sliced, inputs)

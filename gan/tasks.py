@@ -18,6 +18,7 @@ from gan.data import SPLITS, PairedImages, embedded_pairs, embedded_unpaired
 from gan.distillation import NO_INGREDIENTS, DensePair, Ingredients
 from gan.elastic import ElasticNetwork, order_channels
 from gan.errors import UserError, unknown
+from gan.factories import groups_of
 from gan.features import load_extractor
 from gan.files import file_hash
 from gan.folders import Preprocess
@@ -340,7 +341,9 @@ def own_task(own: OwnTask, device: str = "cpu", folder: Path | None = None) -> T
         networks,
         own.architectures,
         {
-            agent: find_groups(network, [torch.zeros(1, seen[agent], *size, device=device)])
+            agent: groups_of(
+                own.architectures[agent].name, network, [torch.zeros(1, seen[agent], *size, device=device)]
+            )
             for agent, network in networks.items()
         },
         own.images.train,

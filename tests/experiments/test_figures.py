@@ -14,6 +14,8 @@ from experiments.figures import (
     MOST_SERIES,
     Cloud,
     Estimates,
+    Frontier,
+    FrontPanel,
     GapHistory,
     Line,
     LinePanel,
@@ -24,6 +26,7 @@ from experiments.figures import (
     band,
     calibration,
     curves,
+    fronts,
     improvements,
     intervals,
     moving_average,
@@ -243,3 +246,23 @@ def test_intervals_of_rows_of_different_length() -> None:
     given = Estimates("x", ("a",), np.array([[1.0, 2.0]]), np.array([[0.0, 3.0]]), np.array([1.75]))
     axes = intervals([given], "gap").axes[0]
     assert [one.get_xdata()[0] for one in axes.lines if one.get_marker() == "o"] == [1.75]
+
+
+def test_fronts_have_the_dense_pair_at_the_top_right() -> None:
+    lines = (
+        Frontier("uniform", (0.1, 0.4), (3.0, 2.0), joined=True),
+        Frontier("policy", (0.1, 0.4), (2.0, 1.0), joined=True),
+        Frontier("runs", (0.1, 0.4), (2.5, 1.5), joined=False),
+    )
+    figure = fronts([FrontPanel("gap", 0.0, lines), FrontPanel("KID*", 0.5, lines)], "cost", "task")
+    for axes, dense in zip(figure.axes, (0.0, 0.5), strict=True):
+        assert axes.yaxis_inverted()
+        drawn = {tuple(map(float, line.get_ydata())): line for line in axes.lines}
+        assert drawn[3.0, 2.0].get_linestyle() == "--"
+        assert drawn[2.5, 1.5].get_linestyle() == "None"
+        assert (dense,) in drawn
+        markers = {line.get_marker() for line in axes.lines}
+        assert len(markers) == 4
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["uniform", "policy", "runs"]
+    with pytest.raises(UserError, match=r"told apart"):
+        fronts([FrontPanel("gap", 0.0, lines * 3)], "cost")

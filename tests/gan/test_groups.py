@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from gan.checkpoints import state_hash
-from gan.groups import ChannelGroup, Slot, find_groups, trace_resolutions, without_inplace
+from gan.groups import ChannelGroup, Slot, discover_groups, find_groups, trace_resolutions, without_inplace
 from gan.networks import Architecture
 from gan.slicing import Slicer
 from tests.gan.conftest import GENERATOR_WIDTHS, random, randomise, tiny_generator
@@ -167,17 +167,19 @@ def test_without_inplace():
 @pytest.mark.parametrize(
     ("layers", "sentence"),
     [
-        ((nn.Conv2d(8, 8, 3, groups=2), nn.Conv2d(8, 3, 1)), "'0' reach '2', a grouped convolution"),
-        ((nn.Conv2d(8, 8, 3, groups=8), nn.Conv2d(8, 3, 1)), "'0' reach '2', a grouped convolution"),
-        ((nn.GroupNorm(2, 8), nn.Conv2d(8, 3, 1)), r"'0' reach '2' \(GroupNorm\); only convolutions"),
-        ((nn.Flatten(), nn.Linear(8 * 8 * 8, 2)), r"'0' reach '3' \(Linear\); only convolutions"),
+        ((nn.Conv2d(8, 8, 3, groups=2), nn.Conv2d(8, 3, 1)), "they reach '2', a grouped convolution"),
+        ((nn.Conv2d(8, 16, 3, groups=8), nn.Conv2d(16, 3, 1)), "they reach '2', a grouped convolution"),
+        ((nn.GroupNorm(2, 8), nn.Conv2d(8, 3, 1)), "they reach '2', a GroupNorm of 2 groups"),
+        ((nn.Flatten(), nn.Linear(8 * 8 * 8, 2)), "they reach '3' (Linear); only convolutions"),
     ],
-    ids=["grouped", "depthwise", "group norm", "linear"],
+    ids=["grouped", "multiplied", "group norm", "linear"],
 )
-def test_what_cannot_be_sliced_is_refused_by_name(layers, sentence):
+def test_what_cannot_be_sliced_is_frozen_and_says_why(layers, sentence):
     network = nn.Sequential(nn.Conv2d(3, 8, 1), nn.ReLU(), *layers)
-    with pytest.raises(ValueError, match=sentence):
-        find_groups(network, [torch.zeros(1, 3, 8, 8)])
+    found = discover_groups(network, [torch.zeros(1, 3, 8, 8)])
+    assert found.groups == ()
+    assert found.frozen[0].name == "0"
+    assert found.frozen[0].reason.startswith(sentence)
 
 
 class Refined(nn.Module):
