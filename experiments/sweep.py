@@ -56,7 +56,7 @@ class Options:
 
     task: str = "edges2emoji"
     """Embedded task."""
-    shares: tuple[float, ...] = (0.5, 0.25, 0.1, 0.05, 0.025, 0.01)
+    shares: tuple[float, ...] = (0.5, 0.25, 0.1, 0.04, 0.02, 0.01)
     """Shares of the generator's cost to keep."""
     discriminator: float = 0.5
     """Share of the discriminator's."""
