@@ -33,21 +33,20 @@ from experiments.runs import (
     read_options,
     task_of,
 )
+from experiments.selection import KID, L1, Verdict, measure
 from experiments.watch import Watch
 from gan.append_log import AppendLog
 from gan.checkpoints import load_network, state_hash
 from gan.cyclegan import CycleOptions, OneWayTrainer
-from gan.data import PairedImages, to_float, to_uint8
+from gan.data import PairedImages
 from gan.distillation import DensePair, Ingredients
 from gan.elastic import ElasticNetwork
 from gan.errors import UserError, unknown
 from gan.evaluation import Judge
 from gan.features import load_extractor
-from gan.fidelity import image_l1, kid
 from gan.files import file_hash, write_bytes, write_json, write_text
 from gan.loop import TrainingProgress
 from gan.plans import Plan
-from gan.scoring import run_batched
 from gan.tasks import AGENTS, Task, load_elastic, load_task
 from gan.training import FINETUNING, PairedTrainer, TrainingOptions
 
@@ -61,8 +60,6 @@ EXAMPLES = (
     ("python experiments/finetune.py --resume runs/NAME", "go on with an interrupted finetuning"),
 )
 DEFAULT_TASK = "edges2emoji"
-KID, L1 = "val_kid", "val_l1"
-"""What is measured on val; the first decides."""
 
 
 @dataclass(frozen=True)
@@ -346,8 +343,8 @@ def run(options: Options, folder: FinetuneFolder, console: Console) -> None:
         log.append({**log.entries[trainer.epoch], **measure(judge, tuned[0])})
 
     before, after = (log.entries[epoch] for epoch in (0, trainer.epoch))
-    kept = "before" if after[KID] > before[KID] else "after"
-    result = raw if kept == "before" else tuned
+    verdict = Verdict(before[KID], after[KID])
+    result = raw if verdict.kept == "before" else tuned
     save_pair(folder.run, "", "", task, plan, result, half=True)
     with watch.stage("evaluate"):
         test = Judge.build(*dense, images.test, extractor)
@@ -359,14 +356,11 @@ def run(options: Options, folder: FinetuneFolder, console: Console) -> None:
             learning_curve(frame, measure(judge, dense[0]), f"{task.name}: finetuning, val images"),
             folder.curve,
         )
-    verdict = f"val KID {before[KID]:.3f} before, {after[KID]:.3f} after: " + (
-        "the finetuned pair is kept" if kept == "after" else "finetuning made it worse, the start is kept"
-    )
     protocol = (
         f"{len(images.test)} test images of {task.name}; the last averaged weights, or the start where val "
         "prefers it; nothing was chosen on test"
     )
-    table = pd.DataFrame([{"row": name, "kept": name == kept, **row} for name, row in rows.items()])
+    table = pd.DataFrame([{"row": name, "kept": name == verdict.kept, **row} for name, row in rows.items()])
     write_text(folder.run.metrics, table.to_csv(index=False))
     # Written last: a finetuning that has it is finished.
     write_json(
@@ -374,8 +368,8 @@ def run(options: Options, folder: FinetuneFolder, console: Console) -> None:
         {
             "seconds": watch.seconds,
             "protocol": protocol,
-            "verdict": verdict,
-            "kept": kept,
+            "verdict": verdict.sentence,
+            "kept": verdict.kept,
             "epochs": trainer.epoch,
             "steps": trainer.steps,
             "steps_per_second": round(trainer.steps / max(1e-9, trainer.spent), 3),
@@ -385,7 +379,7 @@ def run(options: Options, folder: FinetuneFolder, console: Console) -> None:
     folder.checkpoint.unlink(missing_ok=True)
     evaluation_table(rows, console)
     console.print(
-        f"{verdict}\n{protocol}\neverything is in {folder.run.path}", highlight=False, soft_wrap=True
+        f"{verdict.sentence}\n{protocol}\neverything is in {folder.run.path}", highlight=False, soft_wrap=True
     )
 
 
@@ -421,16 +415,6 @@ def train(
         if log.stale(options.patience):  # it was stopped when it had ended
             return trainer.pair(trainer.result(images.train))
         return trainer.pair(trainer.fit(images.train, on_epoch))
-
-
-def measure(judge: Judge, generator: nn.Module) -> dict[str, float]:
-    """KID and L1 on the judge's images, as in its rows: outputs of 8 bits, the mirrored ones too for KID."""
-    yardstick = judge.yardstick
-    made = to_float(to_uint8(run_batched(generator, judge.flipped_inputs)))
-    return {
-        KID: round(float(kid(judge.real_features, yardstick.extractor(made))), 6),
-        L1: round(float(image_l1(made[: len(yardstick.inputs)], yardstick.targets)), 6),
-    }
 
 
 def fingerprint(options: Options, training: TrainingOptions | CycleOptions, raw: Pair) -> dict[str, Any]:

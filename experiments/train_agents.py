@@ -50,6 +50,7 @@ from experiments.runs import (
     task_of,
 )
 from experiments.searching import Problem, find, learn, write_plans
+from experiments.selection import KID, Verdict, measure
 from experiments.transfer import adopt, begin, find_policy, read_target, write_transfer
 from experiments.watch import Watch
 from gan.cyclegan import CycleOptions
@@ -68,6 +69,8 @@ from gan.tasks import AGENTS, Task, load_elastic, load_task, own_task, save_elas
 from gan.training import Lessons, TrainingOptions
 
 Pair = tuple[nn.Module, nn.Module]
+EQUAL_TIME = "uniform_equal_time"
+"""The uniform plan, finetuned for as long as search and finetuning of the agents' plan took."""
 QUICK_WARM_UP = 10
 """Steps of the warm-up with ``--quick``."""
 DESCRIPTION = """Prunes a pretrained generator and its discriminator with cooperative RL agents, finetunes
@@ -275,14 +278,16 @@ def run(options: Options, folder: RunFolder, console: Console) -> None:
     if options.equal_time:
         seconds = watch.seconds["search"] + watch.seconds["references"] + watch.seconds["finetune pruned"]
         longer = replace(tuned, seconds=seconds)
-        pairs["uniform_equal_time"] = finetune_stage(
+        pairs[EQUAL_TIME] = finetune_stage(
             "finetune equal time", task, pairs["uniform_raw"], lessons, train, longer, watch, *recipe
         )
+    with watch.stage("validate"):
+        verdicts = keep_better(task, pairs, task.val.take(sizes.images.judged))
     save_pairs(folder, task, pairs, uniform, best.plan)
 
     rows = {}
     shown = ["dense", "l1_slice", "uniform_raw", "uniform", "pruned_raw", "pruned"]
-    shown += ["uniform_equal_time"] if options.equal_time else []
+    shown += [EQUAL_TIME] if options.equal_time else []
     with watch.stage("evaluate", len(shown)) as stage:
         judge = Judge.build(*pairs["dense"], test, load_extractor(device=task.device))
         for name in shown:
@@ -294,7 +299,8 @@ def run(options: Options, folder: RunFolder, console: Console) -> None:
         f"{len(test)} test images of {task.name}; distributions on these and their mirror images, "
         "against the real targets; nothing was chosen on them"
     )
-    evaluation = {"seconds": watch.seconds, "protocol": protocol, "rows": rows}
+    val = {name: verdict.to_dict() for name, verdict in verdicts.items()}
+    evaluation = {"seconds": watch.seconds, "protocol": protocol, "val": val, "rows": rows}
     if options.cost == "latency":
         with watch.stage("latency"):
             errors = latency_errors(task, {"uniform": uniform, "pruned": best.plan})
@@ -304,6 +310,9 @@ def run(options: Options, folder: RunFolder, console: Console) -> None:
     # Written last: a run that has it is finished.
     write_json(folder.evaluation, evaluation)
     evaluation_table(rows, console)
+    for name, verdict in verdicts.items():
+        if verdict.kept == "before":
+            console.print(f"{name}: {verdict.sentence}", highlight=False, soft_wrap=True)
     if options.cost == "latency":
         print_latency(errors, console)
     console.print(f"{protocol}\neverything is in {folder.path}", highlight=False, soft_wrap=True)
@@ -431,6 +440,20 @@ def finetune_stage(
         stage_total = 1.0 if options.seconds else options.epochs
         trainer = task.finetuner(*pair, lessons, options, ingredients, dense)
         return trainer.pair(trainer.fit(train, on_epoch))
+
+
+def keep_better(task: Task, pairs: dict[str, Pair], val: PairedImages) -> dict[str, Verdict]:
+    """Put the start back where finetuning made it worse on val; what was found for each finetuned pair."""
+    judge = Judge.build(*pairs["dense"], val, load_extractor(device=task.device))
+    measured = {name: measure(judge, generator)[KID] for name, (generator, _) in pairs.items()}
+    verdicts = {}
+    for name in pairs:
+        start = "uniform_raw" if name == EQUAL_TIME else f"{name}_raw"
+        if start in pairs:
+            verdicts[name] = Verdict(measured[start], measured[name])
+            if verdicts[name].kept == "before":
+                pairs[name] = pairs[start]
+    return verdicts
 
 
 def save_pairs(folder: RunFolder, task: Task, pairs: Mapping[str, Pair], uniform: Plan, best: Plan) -> None:
