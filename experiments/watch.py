@@ -59,7 +59,10 @@ class Watch:
 
     @contextmanager
     def stage(self, name: str, total: float | None = None) -> Iterator[Stage]:
-        """Show a bar while the block runs; its seconds are kept, also when it is interrupted."""
+        """Show a bar while the block runs; its seconds are kept, also when it is interrupted.
+
+        Stages of one name are summed up in ``seconds``; what is printed is this one's time.
+        """
         columns = (
             TextColumn("{task.description:<22}"),
             BarColumn(bar_width=24),
@@ -77,8 +80,9 @@ class Watch:
                 yield stage
                 stage.finish()
         finally:
-            self.seconds[name] = round(self.seconds.get(name, 0.0) + time.perf_counter() - started, 2)
-        self.console.print(f"{name:<22} {self.seconds[name]:8.1f} s", highlight=False)
+            spent = time.perf_counter() - started
+            self.seconds[name] = round(self.seconds.get(name, 0.0) + spent, 2)
+        self.console.print(f"{name:<22} {spent:8.1f} s", highlight=False)
 
 
 class SearchListener:

@@ -22,12 +22,14 @@ def test_stages_are_timed_also_when_they_are_interrupted() -> None:
     assert all(seconds >= 0 for seconds in watch.seconds.values())
 
 
-def test_a_stage_that_comes_twice_adds_up() -> None:
-    watch = Watch(Console(file=io.StringIO()))
-    watch.seconds["one"] = 5.0
+def test_a_stage_that_comes_twice_adds_up_and_prints_each_time() -> None:
+    text = io.StringIO()
+    watch = Watch(Console(file=text))
+    watch.seconds["one"] = 5000.0
     with watch.stage("one"):
         pass
-    assert watch.seconds["one"] >= 5.0
+    assert watch.seconds["one"] >= 5000.0
+    assert float(text.getvalue().split()[-2]) < 5000.0
 
 
 def test_the_bar_shows_best_return_and_keep_ratios(tmp_path: Path) -> None:
