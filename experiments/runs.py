@@ -249,6 +249,9 @@ def open_run(path: Path) -> RunFolder:
         raise UserError(f"{path} is a file; a run is the folder that {TRAIN} writes")
     if not folder.options.is_file() or not folder.about.is_file():
         raise UserError(f"{path} is no run folder: it has no options.json and run.json; {TRAIN} writes one")
+    for file in (folder.options, folder.about):
+        if not isinstance(read_json(file), dict):
+            raise UserError(f"{file} holds no JSON object; another program wrote it, or make the run again")
     return folder
 
 

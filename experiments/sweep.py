@@ -12,9 +12,8 @@ import numpy as np
 import torch
 from rich.console import Console
 
-from agents.registry import AGENTS as LEARNERS
 from experiments import cli, headroom
-from experiments.build import check_reachable, image_counts, pick_device
+from experiments.build import check_learner, check_reachable, image_counts, pick_device
 from experiments.figures import Curve, quality_curves, save_figure
 from experiments.headroom import Cell, CellFolder
 from experiments.report import show_table
@@ -31,7 +30,7 @@ from experiments.runs import (
 )
 from experiments.trials import Settings, Split, Trial, TrialResult, dense_row, run_trials
 from experiments.watch import Watch
-from gan.errors import UserError, unknown
+from gan.errors import UserError
 from gan.evaluation import KID
 from gan.files import write_json, write_text
 from gan.plans import Plan
@@ -42,7 +41,7 @@ slice of the dense weights. Finetunes all equally and draws quality against cost
 EXAMPLES = (
     ("python experiments/sweep.py", "50 % to 1 % of the MACs, one seed"),
     ("python experiments/sweep.py --shares 0.25 0.1 0.04 --seeds 3", "fewer shares, more seeds"),
-    ("python experiments/sweep.py --cost params --algo cmaes", "parameters, another search"),
+    ("python experiments/sweep.py --cost params --algo cma-es", "parameters, another search"),
     ("python experiments/sweep.py --resume FOLDER", "go on after an interruption"),
 )
 UNIFORM, FOUND, L1_SLICE = "uniform", "found", "l1_slice"
@@ -108,8 +107,7 @@ def open_sweep(options: Options) -> tuple[Options, RunFolder]:
         folder = open_run(options.resume)
         return resumed_options(folder, options, STUDY_FREE_ON_RESUME), folder
     check_least(options, seeds=1, epochs=1, evaluations=1, seed=0)
-    if options.algo not in LEARNERS:
-        raise unknown("algorithm", options.algo, LEARNERS)
+    options = replace(options, algo=check_learner(options.algo))
     if not options.shares or len(set(options.shares)) < len(options.shares):
         raise UserError(f"--shares is {options.shares}; name one or more, each once")
     task = load_task(options.task, pick_device(options.device))

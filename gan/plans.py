@@ -54,11 +54,22 @@ class Plan:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, object]) -> Plan:
+        """The plan of a :meth:`to_dict`.
+
+        Raises:
+            ValueError: no lists of whole numbers of 1 or more.
+        """
         widths = data.get("widths")
         if not isinstance(widths, Mapping):
             raise ValueError(
                 f"a plan needs the key 'widths' with one list per network; got keys {sorted(data)}"
             )
+        for agent, row in widths.items():
+            # True is an int in Python, and no width.
+            if not isinstance(row, list) or not all(type(width) is int and width >= 1 for width in row):
+                raise ValueError(
+                    f"the widths of {agent!r} are {row!r}; a plan has a list of whole numbers, 1 or more"
+                )
         return cls.of(widths, str(data.get("ranking", "")))
 
     @property

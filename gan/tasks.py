@@ -78,8 +78,8 @@ TASKS: dict[str, TaskRecipe] = {
 """Embedded task → what it is made of."""
 _CYCLE_GAN = (
     Architecture("unet_64", base_width=16, norm="instance"),
-    # Two halvings: logits of 34 × 34 pixels. One of 70 × 70 would see whole images, and remember them. Without
-    # norm: instance norm hides colours, which are most of these styles, and generators drew hatchings.
+    # Two halvings: logits of 34 × 34 pixels. One of 70 × 70 would see whole images, and remember them.
+    # Without norm: instance norm hides colours, most of these styles, and generators drew hatchings.
     Architecture("n_layers", in_channels=3, out_channels=1, base_width=32, norm="none", layers=2),
 )
 UNPAIRED_TASKS: dict[str, TaskRecipe] = {

@@ -196,6 +196,9 @@ def test_unreadable_runs_are_refused_in_one_sentence(
     damaged.options.write_text("{")
     with pytest.raises(UserError, match="no valid JSON"):
         read_run(damaged.path)
+    damaged.options.write_text("[]")
+    with pytest.raises(UserError, match=r"options\.json holds no JSON object"):
+        read_run(damaged.path)
 
 
 def test_an_unfinished_run_says_what_is_missing(make_run: Callable[..., RunFolder]) -> None:

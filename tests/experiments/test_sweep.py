@@ -77,7 +77,7 @@ def test_the_road_and_its_resume(tmp_path: Path) -> None:
         ("--seeds 0", "--seeds is 0; it must be 1 or more"),
         ("--workers 0", "--workers is 0"),
         ("--evaluations 0", "--evaluations is 0"),
-        ("--algo mapo", "unknown algorithm 'mapo'"),
+        ("--algo mapo", "'mapo'"),
         ("--shares 0.5 0.5", "each once"),
         ("--shares 0.0000001", "cannot be reached"),
         ("--shares 2", "at most 1"),

@@ -57,6 +57,12 @@ def test_what_is_no_plan_is_refused():
         Plan.from_dict({"gaps": {}, "ranking": "l1"})
 
 
+@pytest.mark.parametrize("row", [[8, 8.5], [True, 8], [0, 8], "8", 8])
+def test_widths_are_whole_numbers(row: object) -> None:
+    with pytest.raises(ValueError, match=r"widths of 'generator' are .* whole numbers"):
+        Plan.from_dict({"widths": {"generator": row}})
+
+
 def test_replacing_one_network_leaves_the_others_and_the_plan():
     changed = PLAN.replace("discriminator", np.array([7]))
     assert changed == Plan.of({"generator": (8, 4), "discriminator": (7,)}, "l1")
