@@ -118,6 +118,8 @@ RECIPES: dict[str, Recipe] = {
     "rate_1e3": Recipe(training={"learning_rate": 1e-3}),
     "rate_4e3": Recipe(training={"learning_rate": 4e-3}),
     "rate_5e4": Recipe(training={"learning_rate": 5e-4}),
+    "r1": Recipe(training={"gradient_penalty": 0.15}),
+    "r1_1": Recipe(training={"gradient_penalty": 1.0}),
     "ema_0998": Recipe(training={"ema": 0.998}),
 }
 """Name → what it changes in the finetuning that is the default."""

@@ -40,6 +40,9 @@ class LoopOptions:
     """Share of the training after which the learning rate falls linearly to 0."""
     adversarial: AdversarialKind = "vanilla"
     """Loss of the pair."""
+    gradient_penalty: float = 0.0
+    """Weight of R1, the squared gradient of the discriminator at real images: it keeps the discriminator from
+    memorising them, and from being fooled by what no eye sees."""
     distillation: float = 0.0
     """Weight of the image distance to the dense generator's output."""
     ema: float = 0.998
@@ -120,6 +123,10 @@ def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
         group["lr"] = rate
 
 
+PENALTY_EVERY = 2
+"""Steps from one gradient penalty to the next, whose weight makes up for it (Karras et al., CVPR 2020)."""
+
+
 class Critic:
     """A discriminator in training: it learns, and it says how well it is fooled.
 
@@ -133,6 +140,7 @@ class Critic:
     def __init__(self, network: nn.Module, options: LoopOptions, random: torch.Generator) -> None:
         self.network, self.options, self.random = network, options, random
         self.optimizer = adam(network)
+        self.steps = 0
 
     def learn(
         self, inputs: Tensor | None, targets: Tensor, fake: Tensor, rate: float
@@ -149,6 +157,10 @@ class Critic:
         real_logits = self._judge(inputs, targets)
         fake_logits = self._judge(inputs, fake.detach())
         loss = discriminator_loss(real_logits, fake_logits, self.options.adversarial)
+        if self.options.gradient_penalty > 0 and self.steps % PENALTY_EVERY == 0:
+            weight = PENALTY_EVERY * self.options.gradient_penalty
+            loss = loss + weight * self._gradient_penalty(inputs, targets)
+        self.steps += 1
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         self.optimizer.step()
@@ -158,6 +170,19 @@ class Critic:
         """The generator's loss (0-d) for its outputs; gradients reach the outputs alone."""
         self.network.requires_grad_(False)  # spares the gradients of its kernels
         return generator_loss(self._judge(inputs, fake), self.options.adversarial)
+
+    def _gradient_penalty(self, inputs: Tensor | None, targets: Tensor) -> Tensor:
+        """R1 (0-d): Mescheder et al., "Which Training Methods for GANs do actually Converge?", ICML 2018.
+
+        The logits of a map are summed up and divided by the root of their number: if the patches that they
+        see did not overlap, this would be the mean over patches of the squared length of a logit's gradient.
+        """
+        images = targets.detach().clone().requires_grad_(True)
+        seen = images if inputs is None else paired_input(inputs, images)
+        logits = run_network(self.network, seen, self.options.amp)
+        total = logits.sum() / math.sqrt(logits[0].numel())
+        (gradient,) = torch.autograd.grad(total, images, create_graph=True)
+        return gradient.square().sum((1, 2, 3)).mean()
 
     def _judge(self, inputs: Tensor | None, images: Tensor) -> Tensor:
         """Logits of colour-jittered images."""
@@ -171,9 +196,11 @@ class Critic:
             "network": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "random": self.random.get_state(),
+            "steps": self.steps,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.steps = state["steps"]
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.random.set_state(state["random"].cpu())

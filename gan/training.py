@@ -229,6 +229,7 @@ class PairedTrainer(Trainer[PairedImages, tuple[Tensor, Tensor, Tensor], nn.Modu
         if self.online is not None:
             self.online.load_state_dict(state["online"])
         self._restore_progress(state)
+        self.critics[0].steps = self.steps  # its other parts are saved under names of their own
 
     def step(
         self, inputs: Tensor, targets: Tensor, learning_rate: float, rows: Tensor | None = None

@@ -15,7 +15,7 @@ import gan.loop
 from gan.checkpoints import state_hash, tensors_hash
 from gan.data import PairedImages
 from gan.errors import UserError
-from gan.loop import TrainingProgress, colour_jitter, rate_factor
+from gan.loop import Critic, TrainingProgress, colour_jitter, rate_factor
 from gan.networks import ResnetGenerator
 from gan.training import (
     FINETUNING,
@@ -58,21 +58,22 @@ def saved(state: dict[str, Any]) -> dict[str, Any]:
     return torch.load(file, weights_only=True)
 
 
-@pytest.mark.parametrize("dropout", [False, True])
-def test_a_resumed_training_equals_an_uninterrupted_one(dropout):
+@pytest.mark.parametrize(("dropout", "penalty"), [(False, 0.0), (True, 0.0), (False, 0.5)])
+def test_a_resumed_training_equals_an_uninterrupted_one(dropout, penalty):
     """Bit for bit: order, augmentation, jitter and dropout go on where they were."""
     pairs, states = tiny_pairs(12), []
-    whole = trainer(dropout=dropout)
+    options = replace(OPTIONS, gradient_penalty=penalty)
+    whole = trainer(options, dropout)
     wanted = whole.fit(pairs, lambda _: states.append(saved(whole.state_dict())))
     torch.manual_seed(123)
-    resumed = trainer(dropout=dropout)
-    resumed.load_state_dict(states[1])
+    resumed = trainer(options, dropout)
+    resumed.load_state_dict(states[0])  # after three steps: the penalty is due in the fifth
     told: list[TrainingProgress] = []
     result = resumed.fit(pairs, told.append)
-    assert [progress.epoch for progress in told] == [3, 4]
+    assert [progress.epoch for progress in told] == [2, 3, 4]
     assert hashes(resumed) == hashes(whole)
     assert state_hash(result) == state_hash(wanted)
-    assert tensors_hash(states[1]["generator"]) != tensors_hash(states[3]["generator"])
+    assert tensors_hash(states[0]["generator"]) != tensors_hash(states[3]["generator"])
     assert torch.equal(resumed.random.get_state(), whole.random.get_state())
 
 
@@ -325,6 +326,42 @@ def test_finetuning_in_bfloat16_stays_near_float32():
         start = (arguments[0](inputs) - exact(inputs)).abs().mean()
         difference = (exact(inputs) - rounded(inputs)).abs().mean()
     assert 0 < float(difference) < 0.3 * float(start)
+
+
+class Linear(nn.Module):
+    """Two patch logits, each a weighted sum of the images' pixels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weights = nn.Parameter(torch.randn(2, 3 * 4 * 4, generator=random()))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.flatten(1) @ self.weights.T)[:, None, None]
+
+
+def test_the_gradient_penalty_by_hand():
+    """The gradient of a linear discriminator is its weights, whatever the image; due every second step."""
+    options = replace(OPTIONS, jitter=0.0, gradient_penalty=0.25)
+    real, fake = (torch.randn(5, 3, 4, 4, generator=random(seed)) for seed in (1, 2))
+    plain, kept = (Critic(Linear(), replace(options, gradient_penalty=g), random()) for g in (0.0, 0.25))
+    weights = kept.network.weights.detach()
+    wanted = 2 * 0.25 * float(weights.sum(0).square().sum()) / 2
+    for penalised in (True, False, True):
+        kept.network.load_state_dict(plain.network.state_dict())
+        losses = [float(critic.learn(None, real, fake, 0.0)[0]) for critic in (plain, kept)]
+        assert losses[1] - losses[0] == pytest.approx(wanted if penalised else 0.0, rel=1e-4, abs=1e-6)
+
+
+def test_the_gradient_penalty_flattens_the_discriminator():
+    flat, steep = (trainer(replace(OPTIONS, gradient_penalty=weight)) for weight in (10.0, 0.0))
+    slopes = []
+    for one in (flat, steep):
+        one.fit(tiny_pairs(12))
+        inputs, targets = tiny_pairs(12).tensors()
+        images = targets.clone().requires_grad_(True)
+        one.discriminator(torch.cat((inputs, images), 1)).sum().backward()
+        slopes.append(float(images.grad.norm()))
+    assert slopes[0] < slopes[1]
 
 
 def test_colour_jitter_by_hand():
