@@ -11,6 +11,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -136,13 +137,47 @@ EMBEDDED = {"edges2emoji": ("edges.png", "noto.png"), "noto2twemoji": ("noto.png
 """Embedded images → the sheets of the inputs and of the targets."""
 
 
+FRAMED = ("noto2twemoji",)
+"""Embedded images that are brought into one frame. Twemoji fill their tiles, Noto keep a pixel's margin: told
+apart by that alone, generators draw halos around everything instead of a style."""
+FRAME = 60
+"""Pixels of the longer side of a framed drawing; the margin of 2 is what augmentation moves it by."""
+PAPER = 245
+"""Lightest value that is part of a drawing."""
+
+
+def framed(images: Tensor, side: int = FRAME) -> Tensor:
+    """Every drawing scaled to one size and put into the middle of its white tile.
+
+    Args:
+        images: (N, 3, H, W) uint8 on white.
+        side: pixels of the longer side of what is drawn; an empty tile stays as it is.
+    """
+    return torch.from_numpy(np.stack([_framed(image.permute(1, 2, 0).numpy(), side) for image in images]))
+
+
+def _framed(image: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
+    """(H, W, 3) → (3, H, W)."""
+    drawn = (image <= PAPER).any(2)
+    if not drawn.any():
+        return image.transpose(2, 0, 1)
+    (top, bottom), (left, right) = (np.flatnonzero(drawn.any(axis))[[0, -1]] for axis in (1, 0))
+    part = Image.fromarray(image[top : bottom + 1, left : right + 1])
+    scale = side / max(part.size)
+    width, height = (max(1, round(scale * length)) for length in part.size)
+    tile = np.full_like(image, 255)
+    row, column = (tile.shape[0] - height) // 2, (tile.shape[1] - width) // 2
+    tile[row : row + height, column : column + width] = part.resize((width, height), Image.Resampling.BICUBIC)
+    return tile.transpose(2, 0, 1)
+
+
 @cache
 def embedded_pairs(task: str, split: Split) -> PairedImages:
     """One split of embedded images, each with its true counterpart: 1,084 / 160 / 256 pairs of 64 × 64.
 
     ``edges2emoji``: Canny edges of the Noto drawings → the drawings. ``noto2twemoji``: Noto drawings →
-    Twemoji drawings; training must not use those pairs, see :func:`embedded_unpaired`. Drawing variants of
-    one emoji are kept in one split.
+    Twemoji drawings, all of one size (:func:`framed`); training must not use those pairs, see
+    :func:`embedded_unpaired`. Drawing variants of one emoji are kept in one split.
     """
     if task not in EMBEDDED:
         raise unknown("embedded task", task, EMBEDDED)
@@ -153,6 +188,8 @@ def embedded_pairs(task: str, split: Split) -> PairedImages:
     rows = [i for i, item in enumerate(index["items"]) if item["split"] == split]
     names = tuple(index["items"][i]["name"] for i in rows)
     inputs, targets = (_tiles(sheet, *shape)[rows] for sheet in EMBEDDED[task])
+    if task in FRAMED:
+        inputs, targets = framed(inputs), framed(targets)
     return PairedImages(inputs, targets, names)
 
 

@@ -19,6 +19,7 @@ from gan.data import (
     batches,
     embedded_pairs,
     embedded_unpaired,
+    framed,
     to_float,
     to_uint8,
     unpaired_batches,
@@ -204,11 +205,31 @@ def test_batches_depend_on_their_generator_alone():
 
 def test_noto_and_twemoji_are_the_same_emoji_in_two_drawings():
     edges, drawings = (embedded_pairs(task, "test") for task in ("edges2emoji", "noto2twemoji"))
-    assert torch.equal(edges.targets, drawings.inputs)
+    assert torch.equal(framed(edges.targets), drawings.inputs)
     assert edges.names == drawings.names
     inputs, targets = drawings.tensors()
     own, others = ((inputs - targets.roll(by, 0)).abs().mean() for by in (0, 1))
     assert float(own) < 0.7 * float(others)
+
+
+def test_drawings_are_framed_alike():
+    """No domain is told by how much of its tiles it fills."""
+    for images in embedded_pairs("noto2twemoji", "val").tensors():
+        drawn = (images < 0.9).any(1)
+        reach = torch.stack([drawn.any(axis).sum(1) for axis in (1, 2)]).amax(0)
+        assert int(reach.max()) <= 60
+        assert float((reach >= 58).float().mean()) > 0.95
+        assert not drawn[:, :2].any()
+        assert not drawn[:, :, -2:].any()
+
+
+def test_framing_by_hand():
+    image = torch.full((2, 3, 64, 64), 255, dtype=torch.uint8)
+    image[0, :, 1:21, 30:40] = 7
+    wide, empty = framed(image, 60)
+    assert torch.equal(empty, image[1])
+    assert (wide == 7).all(0).sum() == 60 * 30
+    assert (wide[:, 2:62, 17:47] == 7).all()
 
 
 @pytest.mark.parametrize("split", SPLITS)
