@@ -82,11 +82,13 @@ class Options:
     """File of elastic weights; without it the run's own, or those that come with the task."""
     ingredients: Annotated[Ingredients, OmitArgPrefixes] = field(default_factory=Ingredients)
     """What is added to native losses and output distillation."""
-    learning_rate: float = FINETUNING.learning_rate
-    """Of the generator."""
-    distillation: float = FINETUNING.distillation
+    learning_rate: float | None = None
+    """Of the generator; this and the next three: by default what train_agents.py finetunes the task with."""
+    distillation: float | None = None
     """Weight of the distance to the dense generator's outputs."""
-    ema: float = FINETUNING.ema
+    gradient_penalty: float | None = None
+    """Weight of R1, which keeps the discriminator from memorising; 0 leaves it out."""
+    ema: float | None = None
     """Decay per step of the averaged weights, which are the result."""
     validate_every: int = 1
     """Measure the averaged weights on val every so many epochs."""
@@ -218,12 +220,12 @@ def check(options: Options) -> None:
         )
     if options.epochs is not None and options.minutes is not None:
         raise UserError("--epochs and --minutes exclude each other; give one")
-    check_least(options, epochs=1, validate_every=1, patience=0, distillation=0)
+    check_least(options, epochs=1, validate_every=1, patience=0, distillation=0, gradient_penalty=0)
     for name in ("minutes", "learning_rate"):
         value = getattr(options, name)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"{flag(name)} is {value}; it must be above 0")
-    if not 0 <= options.ema < 1:
+    if options.ema is not None and not 0 <= options.ema < 1:
         raise UserError(f"--ema is {options.ema}; it must be 0 or more, below 1")
     if not 0 <= options.seed < 2**32:
         raise UserError(f"--seed is {options.seed}; it must be 0 or more, below 2^32")
@@ -308,12 +310,9 @@ def training_options(options: Options, task: Task) -> TrainingOptions | CycleOpt
     if options.quick:
         epochs, minutes = min(epochs, 2), None if minutes is None else min(minutes, 0.1)
     chosen = finetuning_of(task, epochs, options.seed, None if minutes is None else 60 * minutes)
-    return replace(
-        chosen,
-        learning_rate=options.learning_rate,
-        distillation=options.distillation,
-        ema=options.ema,
-    )
+    names = ("learning_rate", "distillation", "gradient_penalty", "ema")
+    given = {name: getattr(options, name) for name in names if getattr(options, name) is not None}
+    return replace(chosen, **given)
 
 
 def run(options: Options, folder: FinetuneFolder, console: Console) -> None:

@@ -15,13 +15,14 @@ from experiments.finetune import EpochLog, Options
 from experiments.runs import create_run, describe_run
 from gan import networks
 from gan.checkpoints import load_network, tensors_hash
+from gan.cyclegan import CYCLE_FINETUNING
 from gan.distillation import Ingredients
 from gan.errors import UserError
 from gan.evaluation import COLUMNS
 from gan.files import write_json
 from gan.networks import Architecture
 from gan.tasks import Task
-from gan.training import PairedTrainer
+from gan.training import FINETUNING, PairedTrainer
 from tests.gan.conftest import Pair, _pair, fake_extractor, pair, task
 
 __all__ = ["Pair", "_pair", "pair", "task"]  # fixtures
@@ -348,3 +349,12 @@ def test_the_command_line_knows_every_ingredient(
     assert resolved["ingredients"]["matching"] == "target"
     assert "the finetuned pair is kept" in (text := capsys.readouterr().out) or "the start is kept" in text
     assert [entry["epoch"] for entry in entries(tmp_path / "out")] == [0, 1, 2]  # quick
+
+
+def test_what_is_not_given_is_what_the_task_is_finetuned_with(options: Options, task: Task) -> None:
+    usual = finetune.training_options(options, task)
+    assert (usual.learning_rate, usual.ema) == (FINETUNING.learning_rate, FINETUNING.ema)
+    other = finetune.training_options(replace(options, learning_rate=0.1, gradient_penalty=3.0), task)
+    assert other == replace(usual, learning_rate=0.1, gradient_penalty=3.0)
+    unpaired = finetune.training_options(options, replace(task, back=task.networks["generator"]))
+    assert unpaired.learning_rate == CYCLE_FINETUNING.learning_rate
