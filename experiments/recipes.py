@@ -120,7 +120,7 @@ RECIPES: dict[str, Recipe] = {
     "rate_5e4": Recipe(training={"learning_rate": 5e-4}),
     "r1": Recipe(training={"gradient_penalty": 0.15}),
     "r1_1": Recipe(training={"gradient_penalty": 1.0}),
-    "r1_5": Recipe(training={"gradient_penalty": 5.0}),
+    "r1_005": Recipe(training={"gradient_penalty": 0.05}),
     "ema_0998": Recipe(training={"ema": 0.998}),
 }
 """Name → what it changes in the finetuning that is the default."""

