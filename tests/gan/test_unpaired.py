@@ -19,13 +19,21 @@ from gan.errors import UserError
 from gan.evaluation import COLUMNS, Judge
 from gan.groups import find_groups
 from gan.losses import condition_of, paired_input
-from gan.networks import initialise
+from gan.networks import Architecture, initialise
 from gan.norm_statistics import recompute_statistics
 from gan.plans import Plan
 from gan.scoring import Yardstick, run_batched
 from gan.tasks import TASKS, UNPAIRED_TASKS, Task, load_task
 from gan.training import FINETUNING, Lessons, PairedTrainer
-from tests.gan.conftest import fake_extractor, random, tiny_discriminator, tiny_generator, tiny_pairs
+from tests.gan.conftest import (
+    DISCRIMINATOR_WIDTHS,
+    GENERATOR_WIDTHS,
+    fake_extractor,
+    random,
+    tiny_discriminator,
+    tiny_generator,
+    tiny_pairs,
+)
 
 DENSE = Plan.of({"generator": (8, 12, 16, 12, 8), "discriminator": (8, 12)}, "l1")
 SMALL = Plan.of({"generator": (4, 8, 8, 4, 4), "discriminator": (4, 6)}, "l1")
@@ -54,7 +62,12 @@ def make_task(seed: int = 0) -> Task:
     return Task(
         name="tiny",
         networks=networks,
-        architectures={},
+        architectures={
+            "generator": Architecture("unet_8", base_width=8, widths=GENERATOR_WIDTHS),
+            "discriminator": Architecture(
+                "n_layers", 3, 1, base_width=8, layers=1, widths=DISCRIMINATOR_WIDTHS
+            ),
+        },
         groups={agent: find_groups(network, [inputs[:1]]) for agent, network in networks.items()},
         train=train,
         val=val,
@@ -219,3 +232,23 @@ def test_unknown_tasks_name_the_unpaired_ones_too() -> None:
     with pytest.raises(UserError, match="did you mean 'twemoji2noto'"):
         load_task("twemoji2notto")
     assert not set(TASKS) & set(UNPAIRED_TASKS)
+
+
+def test_missing_networks_are_named_with_the_command_that_makes_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gan.tasks, "ASSETS", tmp_path)
+    for name in ("noto2twemoji", "twemoji2noto"):
+        with pytest.raises(UserError, match=r"pretrain_gan\.py --task noto2twemoji --output /"):
+            load_task.__wrapped__(name)
+
+
+def test_missing_elastic_weights_are_named_with_the_command_that_makes_them(assets: Path) -> None:
+    task = load_task.__wrapped__("twemoji2noto")
+    with pytest.raises(UserError, match=r"train_elastic\.py --task twemoji2noto --output .*/elastic_B\.safe"):
+        task.shipped_elastic()
+
+
+def test_a_pair_is_asked_of_four_networks() -> None:
+    with pytest.raises(UserError, match="takes one pair: name a direction, noto2twemoji or twemoji2noto"):
+        load_task("noto_and_twemoji")
