@@ -153,7 +153,7 @@ def warm_up(
 
 
 def batch_size(task: Task, most: int = 16) -> int:
-    """Images per step: 16 up to 128 × 128 pixels, 4 at 256 × 256, so that memory and steps stay alike."""
+    """Images per step: all of ``most`` up to 128 × 128 pixels, a quarter at 256 × 256: memory stays alike."""
     return max(1, min(most, most * 128 * 128 // task.val.inputs[0, 0].numel()))
 
 
@@ -244,8 +244,18 @@ def finetuning_of(
 ) -> TrainingOptions | CycleOptions:
     """Options of the finetuning stage for the images and the loss of a task."""
     if task.back is not None:
-        amp = bfloat16_pays(task.device)
-        return replace(CYCLE_FINETUNING, epochs=epochs, seed=seed, seconds=seconds, amp=amp)
+        domains = task.val.inputs.shape[1], task.val.targets.shape[1]
+        return replace(
+            CYCLE_FINETUNING,
+            epochs=epochs,
+            seed=seed,
+            seconds=seconds,
+            amp=bfloat16_pays(task.device),
+            batch_size=batch_size(task, CYCLE_FINETUNING.batch_size),
+            adversarial=task.adversarial,
+            # A generator can take its targets as inputs only where they have as many channels.
+            identity=CYCLE_FINETUNING.identity if domains[0] == domains[1] else 0.0,
+        )
     options = finetuning(epochs, seed, task.device, seconds)
     return replace(options, batch_size=batch_size(task), adversarial=task.adversarial)
 

@@ -609,9 +609,9 @@ def learning_curve(frame: pd.DataFrame, dense: Mapping[str, float], title: str =
     """KID and L1 on val over a finetuning, the start at 0, the dense pair as a line.
 
     Args:
-        frame: one row per epoch with ``epoch``, ``seconds``, ``val_kid`` and ``val_l1``; NaN where nothing
-            was measured.
-        dense: the two figures of the dense generator.
+        frame: one row per epoch with ``epoch``, ``seconds``, ``val_kid`` and, where it is known, ``val_l1``;
+            NaN where nothing was measured.
+        dense: the same figures of the dense generator.
         title: of the figure.
     """
     minutes = bool(frame["seconds"].max() >= 120)
@@ -619,9 +619,10 @@ def learning_curve(frame: pd.DataFrame, dense: Mapping[str, float], title: str =
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(9, 3.4), layout="constrained")
         FigureCanvasAgg(figure)
-        for axes, (column, name) in zip(
-            figure.subplots(1, 2), (("val_kid", "KID"), ("val_l1", "L1")), strict=True
-        ):
+        panels = {"val_kid": "KID", "val_l1": "L1"}
+        measured = [(column, name) for column, name in panels.items() if column in frame]
+        drawn = figure.subplots(1, len(measured), squeeze=False)[0]
+        for axes, (column, name) in zip(drawn, measured, strict=True):
             known = frame[column].notna()
             axes.plot(x[known], frame[column][known], MARKERS[0] + "-", color=COLOURS[0], markersize=3)
             axes.axhline(dense[column], color=COLOURS[1], linestyle="--")

@@ -412,7 +412,8 @@ def train(
             }
             if last or progress.epoch % options.validate_every == 0:
                 entry |= measure(judge, trainer.result(images.train))
-                stage.say(f"val KID {entry[KID]:.3f}, L1 {entry[L1]:.4f}")
+                distance = f", L1 {entry[L1]:.4f}" if L1 in entry else ""
+                stage.say(f"val KID {entry[KID]:.3f}{distance}")
             stage.at(round(progress.share * total, 2), total)
             log.append(plain(entry))
             save_checkpoint(folder.checkpoint, trainer)
@@ -424,13 +425,16 @@ def train(
 
 
 def measure(judge: Judge, generator: nn.Module) -> dict[str, float]:
-    """KID and L1 on the judge's images, as in its rows: outputs of 8 bits, the mirrored ones too for KID."""
+    """KID and L1 on the judge's images, as in its rows: outputs of 8 bits, the mirrored ones too for KID.
+
+    No L1 where the images have no true counterparts.
+    """
     yardstick = judge.yardstick
     made = to_float(to_uint8(run_batched(generator, judge.flipped_inputs)))
-    return {
-        KID: round(float(kid(judge.real_features, yardstick.extractor(made))), 6),
-        L1: round(float(image_l1(made[: len(yardstick.inputs)], yardstick.targets)), 6),
-    }
+    figures = {KID: round(float(kid(judge.real_features, yardstick.extractor(made))), 6)}
+    if yardstick.pairs.partners:
+        figures[L1] = round(float(image_l1(made[: len(yardstick.inputs)], yardstick.targets)), 6)
+    return figures
 
 
 def fingerprint(options: Options, training: TrainingOptions | CycleOptions, raw: Pair) -> dict[str, Any]:

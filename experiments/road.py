@@ -334,11 +334,12 @@ def measure(
 
 def describe_protocol(task: AnyTask, sizes: Sizes) -> str:
     """The sentence below the table."""
-    count = len(next(iter(task.ways.values())).test.take(sizes.images.judged))
+    test = next(iter(task.ways.values())).test.take(sizes.images.judged)
     where = " in each direction" if len(task.ways) > 1 else ""
+    targets = "targets" if test.partners else "images of the target domain"
     return (
-        f"{count} test images of {task.name}{where}; distributions on these and their mirror images, "
-        "against the real targets; nothing was chosen on them"
+        f"{len(test)} test images of {task.name}{where}; distributions on these and their mirror images, "
+        f"against the real {targets}; nothing was chosen on them"
     )
 
 
@@ -362,11 +363,13 @@ def draw(
     save_figure(widths(networks, title=f"{task.name}: channels kept"), folder.widths)
     columns: dict[str, Tensor] = {}
     for way, one in task.ways.items():
-        inputs, targets = one.test.take(sizes.images.judged).take(8).tensors()
+        shown = one.test.take(sizes.images.judged).take(8)
+        inputs, targets = shown.tensors()
         inputs = inputs.to(one.device)
         pictures = {"input": inputs}
         for name in ("dense", "uniform", "pruned"):
             pictures[name] = run_batched(stages[name][way][0], inputs)
-        pictures["target"] = targets
+        if shown.partners:
+            pictures["target"] = targets
         columns |= {f"{name} {way}".strip(): images.cpu() for name, images in pictures.items()}
     save_image(samples(columns, rows=8), folder.samples)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from typing import Literal
@@ -38,11 +38,13 @@ class PairedImages:
         inputs: (N, 3, H, W) uint8, what the generator gets.
         targets: (N, 3, H, W) uint8, what it should make.
         names: N short names.
+        partners: whether each target is its input's true counterpart; else it was drawn, for what needs rows.
     """
 
     inputs: Tensor
     targets: Tensor
     names: tuple[str, ...]
+    partners: bool = True
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -56,19 +58,18 @@ class PairedImages:
         if count is None or count >= len(self):
             return self
         rows = torch.linspace(0, len(self) - 1, count).round().long()
-        return PairedImages(
-            self.inputs[rows], self.targets[rows], tuple(self.names[i] for i in rows.tolist())
-        )
+        names = tuple(self.names[i] for i in rows.tolist())
+        return replace(self, inputs=self.inputs[rows], targets=self.targets[rows], names=names)
 
     def swapped(self) -> PairedImages:
         """The same pairs, for the way back: what was a target is an input."""
-        return PairedImages(self.targets, self.inputs, self.names)
+        return replace(self, inputs=self.targets, targets=self.inputs)
 
     def with_flips(self) -> PairedImages:
         """Every pair and its mirror image: 2N pairs."""
         inputs, targets = (torch.cat([images, images.flip(-1)]) for images in (self.inputs, self.targets))
         mirrored = tuple(f"{name} (mirrored)" for name in self.names)
-        return PairedImages(inputs, targets, self.names + mirrored)
+        return replace(self, inputs=inputs, targets=targets, names=self.names + mirrored)
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ class UnpairedImages:
         """
         first, second = (torch.arange(len(self)) % len(images) for images in (self.first, self.second))
         names = tuple(self.first_names[i] for i in first.tolist())
-        return PairedImages(self.first[first], self.second[second], names)
+        return PairedImages(self.first[first], self.second[second], names, partners=False)
 
     @classmethod
     def of(cls, pairs: PairedImages) -> UnpairedImages:

@@ -124,7 +124,7 @@ class Task:
         weight_files: agent → file of its dense network, where it has one.
         back: the dense generator of the way back, which closes the cycle; None where images are paired.
             Without pairs, train and val hold each input beside an image that was drawn once; test holds it
-            beside its true counterpart.
+            beside its true counterpart in embedded tasks, and like val in others.
     """
 
     name: str
@@ -353,8 +353,7 @@ def own_task(own: OwnTask, device: str = "cpu", folder: Path | None = None) -> T
         folder: where it lies, once it is written; elastic weights are looked for there and in its run.
     """
     networks = {agent: network.to(device) for agent, network in own.networks.items()}
-    channels = own.reading.channels
-    seen = {"generator": channels[0], "discriminator": sum(channels)}
+    seen = {agent: architecture.in_channels for agent, architecture in own.architectures.items()}
     size = own.images.val.inputs.shape[-2:]
     places = [] if folder is None else [folder / ELASTIC, folder.parent / ELASTIC]
     return Task(
@@ -375,6 +374,7 @@ def own_task(own: OwnTask, device: str = "cpu", folder: Path | None = None) -> T
         folder=None if folder is None else folder.resolve(),
         preprocess=own.reading.preprocess,
         adversarial=own.adversarial,
+        back=None if own.back is None else own.back[0].to(device),
         weight_files={} if folder is None else {agent: folder / f"{agent}.safetensors" for agent in AGENTS},
     )
 

@@ -46,7 +46,7 @@ def drawn(count: int, seed: int) -> PairedImages:
 
 def make_task(seed: int = 0) -> Task:
     """One direction of a tiny translator, BatchNorm statistics those of its full-width slices."""
-    train, val, test = (drawn(12, seed) for seed in (1, 0, 2))
+    train, val = (drawn(12, seed) for seed in (1, 0))
     generator, back, discriminator = (
         tiny_generator(seed),
         tiny_generator(seed + 3),
@@ -71,7 +71,7 @@ def make_task(seed: int = 0) -> Task:
         groups={agent: find_groups(network, [inputs[:1]]) for agent, network in networks.items()},
         train=train,
         val=val,
-        test=test,
+        test=tiny_pairs(12, seed=2),
         multiples={"generator": 4, "discriminator": 2},
         elastic_path=None,
         adversarial="lsgan",
@@ -182,6 +182,15 @@ def test_the_row_of_figures_counts_the_discriminator_with_what_it_sees(task: Tas
     assert set(row) == set(COLUMNS)
     macs = 4 * 4 * 8 * 3 * 16 + 3 * 3 * 12 * 8 * 16 + 2 * 2 * 12 * 16  # places × out × in × kernel
     assert row["discriminator_macs"] == macs
+
+
+def test_without_counterparts_nothing_is_held_against_them(task: Task) -> None:
+    pair = task.networks["generator"], task.networks["discriminator"]
+    assert task.test.partners
+    assert not any(images.partners for images in (task.train, task.val, task.val.take(3), task.val.swapped()))
+    row = Judge.build(*pair, task.val, fake_extractor()).row(*pair)
+    assert set(COLUMNS) - set(row) == {"l1", "psnr"}
+    assert row["n_images"] == 24
 
 
 @pytest.fixture
