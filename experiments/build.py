@@ -6,7 +6,7 @@ import time
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -122,6 +122,19 @@ def check_reachable(task: AnyTask, budgets: dict[str, Budget], cost: str) -> Non
         UserError: with the reachable range.
     """
     check_budgets(prunable(task, cost), budgets)
+
+
+def check_counterparts(task: Task, split: Literal["val", "test"]) -> None:
+    """Refuse a task for a study that holds outputs against true counterparts, where its images have none.
+
+    Raises:
+        UserError: with what to do.
+    """
+    if not (task.val if split == "val" else task.test).partners:
+        raise UserError(
+            f"the {split} images of {task.name} have no true counterparts, and this study compares with them "
+            "(L1); take a task that has"
+        )
 
 
 def smallest_plan(

@@ -17,12 +17,12 @@ from envs.budget import kind_of
 from envs.pruning_env import PruningEnv
 from envs.rewards import term_rewards
 from experiments import cli
-from experiments.build import build_budgets, build_learner, pick_device
+from experiments.build import build_budgets, build_learner, check_counterparts, pick_device
 from experiments.comparison_report import markdown
 from experiments.credit import Searched, reopen, settings_of
 from experiments.figures import Frontier, FrontPanel, fronts, save_figure
 from experiments.front import Place, halvings, hypervolume
-from experiments.runs import RunFolder, open_run, plain, read_json, read_metrics
+from experiments.runs import RunFolder, open_run, plain, read_json, read_metrics, task_of
 from experiments.trials import Settings, Split, Trial, TrialResult, dense_row, run_trials
 from experiments.watch import Watch
 from gan.cost import DEFAULT_COST
@@ -398,6 +398,8 @@ def main(options: Options) -> None:
     watch, device = Watch(console), pick_device(options.device)
     ranged, fixed = open_runs(options.runs)
     home, output = ranged[0], output_folder(options, ranged[0].folder)
+    if options.finetune:
+        check_counterparts(load_task(task_of(home.folder), device), options.split)
     with watch.stage("plans"):
         judged, made = make_fronts(ranged, fixed, options.points, device)
     dense = {GAP: 0.0}

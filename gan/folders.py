@@ -540,13 +540,16 @@ def load_drawn(folder: Path, reading: Reading) -> PairedSplits:
         UserError: as :func:`load_unpaired`, or images that differ in size.
     """
     found = load_unpaired(folder, reading)
-    notes, even = list(found.notes), []
-    for split, images in (("val", found.val), ("test", found.test)):
+    notes = list(found.notes)
+
+    def even(split: str, images: UnpairedImages) -> PairedImages:
         counts = len(images.first), len(images.second)
-        even.append(_drawn(images.take(min(counts))))
         if counts[0] != counts[1]:
             notes.append(f"{split} has {counts[0]} and {counts[1]} images: {min(counts)} of either are used")
-    splits = PairedSplits(_drawn(found.train), *even, tuple(notes))
+        return _drawn(images.take(min(counts)))
+
+    val, test = even("val", found.val), even("test", found.test)
+    splits = PairedSplits(_drawn(found.train), val, test, tuple(notes))
     sides = {tuple(side.shape[-2:]) for images in splits[:3] for side in (images.inputs, images.targets)}
     if len(sides) > 1:
         sizes = ", ".join(sorted(f"{width} × {height}" for height, width in sides))

@@ -12,7 +12,17 @@ import pytest
 import torch
 
 import gan.tasks
-from experiments import build, cli, finetune, make_task, road, train_agents
+from experiments import (
+    build,
+    calibrate,
+    cli,
+    discriminators,
+    finetune,
+    make_task,
+    road,
+    sweep,
+    train_agents,
+)
 from experiments.runs import open_run
 from gan.evaluation import AGAINST_COUNTERPARTS, COLUMNS
 from tests.gan import official_layout as layout
@@ -103,3 +113,22 @@ def test_the_way_back_is_refused_where_images_are_pairs(
         call(train_agents, *OWN[:-1], str(tmp_path / "pairs"))
     assert stopped.value.code == 2
     assert "holds pairs; unpaired work needs trainA/ and trainB/" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments"),
+    [
+        (calibrate, ["--budget", "0.5"]),
+        (discriminators, []),
+        (sweep, ["--shares", "0.5"]),
+    ],
+)
+def test_studies_that_report_l1_refuse_the_task(
+    work: Path, capsys: pytest.CaptureFixture[str], program: Any, arguments: list[str]
+) -> None:
+    if not (work / "task").exists():
+        call(make_task, *OWN, "--output", "task")
+    with pytest.raises(SystemExit) as stopped:
+        call(program, "--task", "task", *arguments)
+    assert stopped.value.code == 2
+    assert "have no true counterparts" in capsys.readouterr().err
