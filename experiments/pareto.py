@@ -30,7 +30,7 @@ from gan.errors import UserError
 from gan.evaluation import KID
 from gan.files import write_json, write_text
 from gan.plans import Plan
-from gan.tasks import load_task
+from gan.tasks import check_one_pair, load_task
 
 DESCRIPTION = """Asks a policy that was trained on a range of budgets (train_agents.py --budget 0.05:0.5) for
 plans over that range, and draws what they cost against what is wrong with them, the dense pair at the top
@@ -219,6 +219,7 @@ def open_runs(paths: Sequence[Path]) -> tuple[list[Known], list[Known]]:
     for path in paths:
         folder = open_run(path)
         folder.require(folder.plan, folder.metrics, folder.elastic_reference)
+        check_one_pair(task_of(folder))
         runs.append(Known(folder, read_json(folder.options)))
     ranged, fixed = ([run for run in runs if run.ranged is kind] for kind in (True, False))
     if not ranged:

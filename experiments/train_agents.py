@@ -52,6 +52,11 @@ EXAMPLES = (
         "--data facades",
         "your own networks and images",
     ),
+    (
+        "python experiments/train_agents.py --generator latest_net_G_A.pth "
+        "--discriminator latest_net_D_A.pth --back latest_net_G_B.pth --data horse2zebra",
+        "one direction of your own CycleGAN",
+    ),
     ("python experiments/train_agents.py --task noto_and_twemoji", "both directions of a CycleGAN at once"),
     ("python experiments/train_agents.py --budget 0.05:0.5", "one policy for every budget; see pareto.py"),
     ("python experiments/train_agents.py --from runs/OTHER", "begin with the policy of another run"),

@@ -391,6 +391,19 @@ def embedded_images(recipe: TaskRecipe) -> tuple[PairedImages, PairedImages, Pai
     return domains[0].drawn(), domains[1].drawn(), test
 
 
+def check_one_pair(name: str) -> None:
+    """Refuse a task of four networks where a program takes one pair.
+
+    Raises:
+        UserError: with the names of its directions.
+    """
+    if name in TWO_WAY_TASKS:
+        raise UserError(
+            f"{name} has four networks and this takes one pair: name a direction, "
+            f"{' or '.join(TWO_WAY_TASKS[name])}"
+        )
+
+
 @cache
 def load_task(name: str = "edges2emoji", device: str = "cpu") -> Task:
     """A named task with its pretrained pair, or a user's own.
@@ -404,11 +417,7 @@ def load_task(name: str = "edges2emoji", device: str = "cpu") -> Task:
         UserError: unknown name, or weight files that are missing or damaged.
     """
     known = TASKS | UNPAIRED_TASKS
-    if name in TWO_WAY_TASKS:
-        raise UserError(
-            f"{name} has four networks and this takes one pair: name a direction, "
-            f"{' or '.join(TWO_WAY_TASKS[name])}"
-        )
+    check_one_pair(name)
     if name not in known:
         if (own := find_task_folder(name)) is not None:
             return own_task(load_own_task(own), device, own)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,7 @@ from agents.registry import build_agent
 from envs.budget import Budget
 from envs.pruning_env import PruningEnv
 from envs.toy import toy_scorer
-from experiments import build, cli, export, measure, road, train_agents, translate
+from experiments import build, cli, credit, export, finetune, measure, pareto, road, train_agents, translate
 from experiments.build import build_budgets, check_reachable, prunable
 from experiments.runs import open_run, read_metrics
 from gan.checkpoints import load_network
@@ -41,7 +42,7 @@ ARGUMENTS += ["--evaluations", "6", "--epochs", "1", "--warm-up", "2"]
 @pytest.fixture(scope="module")
 def patched() -> Iterator[pytest.MonkeyPatch]:
     """Programs see tiny networks, by whatever name they ask."""
-    task = make_both()
+    task = replace(make_both(), name="noto_and_twemoji")
     with pytest.MonkeyPatch.context() as patch:
         for program in (train_agents, road, export, translate):
             patch.setattr(program, "load_any_task", lambda *_: task)
@@ -100,9 +101,9 @@ def test_budgets_of_a_kind_are_for_both_directions(work: Path) -> None:
 
 
 def test_credit_is_shared_among_four(work: Path) -> None:
-    credit = json.loads((work / "credit.json").read_text())
-    assert list(credit["shapley"]) == list(FOUR_AGENTS)
-    assert sum(credit["shapley"].values()) == pytest.approx(credit["joint"])
+    shared = json.loads((work / "credit.json").read_text())
+    assert list(shared["shapley"]) == list(FOUR_AGENTS)
+    assert sum(shared["shapley"].values()) == pytest.approx(shared["joint"])
 
 
 def test_the_saved_networks_are_the_plan(work: Path) -> None:
@@ -168,6 +169,20 @@ def test_without_a_name_the_programs_say_which_there_are(
         call(program, str(work), *arguments)
     assert stopped.value.code == 2
     assert "has no 'generator' but generator_A, generator_B, discriminator_A" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("program", "arguments"), [(finetune, ["--epochs", "1"]), (credit, []), (pareto, [])]
+)
+def test_programs_for_one_pair_say_so(
+    work: Path, capsys: pytest.CaptureFixture[str], program: Any, arguments: list[str]
+) -> None:
+    before = sorted(work.rglob("*"))
+    with pytest.raises(SystemExit) as stopped:
+        call(program, str(work), *arguments)
+    assert stopped.value.code == 2
+    assert "one pair" in capsys.readouterr().err
+    assert sorted(work.rglob("*")) == before
 
 
 def test_loading_without_a_name_says_which_there_are(work: Path) -> None:
