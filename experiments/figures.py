@@ -410,12 +410,11 @@ class NetworkWidths:
 def widths(networks: Sequence[NetworkWidths], title: str = "") -> Figure:
     """Keep ratio of every layer: a bar for the plan, an outline for uniform, kept channels below."""
     with mpl.rc_context(STYLE):
-        counts = [len(network.layers) for network in networks]
-        figure = Figure(figsize=(2.0 + 0.8 * sum(max(3, n) for n in counts), 4.0), layout="constrained")
+        # Room for the titles; those of four networks are longer.
+        counts = [max(3 if len(networks) <= 2 else 5, len(network.layers)) for network in networks]
+        figure = Figure(figsize=(2.0 + 0.8 * sum(counts), 4.0), layout="constrained")
         FigureCanvasAgg(figure)
-        panels = figure.subplots(
-            1, len(networks), width_ratios=[max(3, n) for n in counts], sharey=True, squeeze=False
-        )
+        panels = figure.subplots(1, len(networks), width_ratios=counts, sharey=True, squeeze=False)
         for axes, network in zip(panels[0], networks, strict=True):
             place = np.arange(len(network.layers))
             dense = np.asarray(network.dense, dtype=np.float64)
