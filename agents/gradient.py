@@ -26,11 +26,11 @@ from agents.base import (
 )
 from agents.tensorboard import EpisodeLog
 from envs.budget import allowed_cost, uniform
-from envs.pruning_env import PruningEnv
+from envs.pruning_env import PruningEnv, peer_of
 from gan.checkpoints import load_tensors, save_tensors
 from gan.errors import UserError
 from gan.evaluations import PrunableNetwork
-from gan.gates import Differentiable, GatedPair
+from gan.gates import Differentiable, Directed, GatedPair
 from gan.losses import discriminator_loss, generator_loss, paired_input
 from gan.plans import Plan
 from gan.runtime import bfloat16_pays
@@ -130,6 +130,8 @@ class Target(NamedTuple):
 class Gradient:
     """Two agents that learn by gradients through the networks' gates; the networks' weights are frozen.
 
+    A translator of four networks has two of each kind: each direction's two play by themselves.
+
     Every agent gives one logit for each channel group of its network. The Gumbel-sigmoid (Maddison, Mnih and
     Teh 2017, arXiv:1611.00712; Jang, Gu and Poole 2017, arXiv:1611.01144) of the distance of every channel
     from the width that the logit stands for opens or shuts its gate, straight through (Bengio, Léonard and
@@ -168,10 +170,13 @@ class Gradient:
             UserError: if the environment has no limit, or its scorer no networks to reach into.
         """
         check_limited(env, self.name)
-        pair = find_pair(env, self.name)
+        pairs = find_pairs(env, self.name)
         random = torch.Generator().manual_seed(self.seed)
         agents = self._agents_for(env, random)
-        game = Game(pair, env.scorer.networks, agents, self.options, random, env.held)
+        games = []
+        for generator, pair in pairs.items():
+            players = {name: agents[name] for name in (generator, peer_of(generator))}
+            games.append(Game(pair, env.scorer.networks, players, self.options, random, env.held))
         log = EpisodeLog(self.tensorboard)
         env.reset(seed=self.seed)
         scorer = env.scorer
@@ -179,8 +184,10 @@ class Gradient:
         while not scorer.exhausted:
             targets = find_targets(env, env.episode_budgets)
             for _ in range(min(self.options.every, scorer.limit - scorer.evaluations) - 1):
+                losses: dict[str, float] = {}
                 for _ in range(self.options.steps):
-                    losses = game.step(targets)
+                    for game in games:
+                        losses |= game.step(targets)
                 scorer.spend(1)
                 for name, value in losses.items():
                     log.logger.record(f"train/{name}", value)
@@ -379,19 +386,23 @@ def log_ratio(network: PrunableNetwork, widths: Tensor, allowed: float) -> Tenso
     return (math.log(value / allowed) + ((widths - widths.detach()) * slope).sum() / value).abs()
 
 
-def find_pair(env: PruningEnv, name: str) -> GatedPair:
-    """The networks behind an environment's scorer.
+def find_pairs(env: PruningEnv, name: str) -> dict[str, GatedPair]:
+    """The agent of each generator → its pair behind the environment's scorer.
 
     Raises:
-        UserError: if there are none, or not one of each kind.
+        UserError: if there are none.
     """
     scorer = env.scorer.scorer
-    if not isinstance(scorer, Differentiable):
-        raise UserError(
-            f"{name!r} sends gradients through the networks, and {type(scorer).__name__} has none: take a "
-            "task with networks, or another learner"
-        )
-    return scorer.gated()
+    ways = scorer.ways if isinstance(scorer, Directed) else {"": scorer}
+    pairs = {}
+    for way, one in ways.items():
+        if not isinstance(one, Differentiable):
+            raise UserError(
+                f"{name!r} sends gradients through the networks, and {type(one).__name__} has none: take a "
+                "task with networks, or another learner"
+            )
+        pairs[f"generator_{way}" if way else "generator"] = one.gated()
+    return pairs
 
 
 def find_targets(env: PruningEnv, budgets: Mapping[str, float]) -> dict[str, Target]:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple, TypeVar
 
 import torch
 from torch import nn
@@ -30,7 +30,9 @@ from gan.plans import Plan
 from gan.runtime import bfloat16_pays
 from gan.tasks import AGENTS, STATISTICS_IMAGES, Task
 from gan.training import FINETUNING, TrainingOptions
+from gan.two_way import AnyTask, agent_of, by_agent
 
+TaskT = TypeVar("TaskT", bound=AnyTask)
 WARM_UP_STEPS = 150, 1200
 """Fewest and most steps that a run's own warm-up takes by default; more than 1,200 gain little."""
 WARM_UP_MINUTES = 20
@@ -58,9 +60,9 @@ def image_counts(quick: bool) -> ImageCounts:
     return ImageCounts(16, 16, 48, 32) if quick else ImageCounts(None, STATISTICS_IMAGES, None, None)
 
 
-def build_budgets(text: str) -> dict[str, Budget]:
+def build_budgets(text: str, agents: Iterable[str] = AGENTS) -> dict[str, Budget]:
     """``--budget`` → one budget per agent; the defaults where it is empty."""
-    return parse_budgets(text, AGENTS) if text else default_budgets(AGENTS)
+    return parse_budgets(text, agents) if text else default_budgets(agents)
 
 
 def fixed_shares(budgets: Mapping[str, Budget], text: str) -> dict[str, float]:
@@ -75,25 +77,30 @@ def fixed_shares(budgets: Mapping[str, Budget], text: str) -> dict[str, float]:
     return shares
 
 
-def prunable(task: Task, cost: str = DEFAULT_COST) -> dict[str, PrunableNetwork]:
+def prunable(task: AnyTask, cost: str = DEFAULT_COST) -> dict[str, PrunableNetwork]:
     """The networks of a task as a search sees them, without weights.
 
     The cost ``latency`` needs a task with tables: :func:`with_latency`.
     """
-    return {
-        agent: PrunableNetwork(
-            kind=agent,
-            groups=task.groups[agent],
-            multiple=task.multiples[agent],
-            cost=task.cost_model(agent),
-            cost_kind=cost,  # type: ignore[arg-type]
-            importance=(),
-        )
-        for agent in AGENTS
-    }
+    return by_agent(
+        {
+            way: {
+                kind: PrunableNetwork(
+                    kind=kind,
+                    groups=one.groups[kind],
+                    multiple=one.multiples[kind],
+                    cost=one.cost_model(kind),
+                    cost_kind=cost,  # type: ignore[arg-type]
+                    importance=(),
+                )
+                for kind in AGENTS
+            }
+            for way, one in task.ways.items()
+        }
+    )
 
 
-def with_latency(task: Task, path: Path) -> Task:
+def with_latency(task: TaskT, path: Path) -> TaskT:
     """The task with the latency tables of a run: read, or measured and written where there are none yet.
 
     Read back even when just measured, so that a resumed run counts with the same numbers.
@@ -105,16 +112,29 @@ def with_latency(task: Task, path: Path) -> Task:
         tables = task.latency or task.with_latency().latency
         assert tables is not None
         write_latency(path, tables)
-    return task.with_latency(read_latency(path))
+    return task.with_latency(read_latency(path))  # type: ignore[return-value]
 
 
-def check_reachable(task: Task, budgets: dict[str, Budget], cost: str) -> None:
+def check_reachable(task: AnyTask, budgets: dict[str, Budget], cost: str) -> None:
     """Refuse budgets below what the smallest plan costs, before anything is written.
 
     Raises:
         UserError: with the reachable range.
     """
     check_budgets(prunable(task, cost), budgets)
+
+
+def check_counterparts(task: Task, split: Literal["val", "test"]) -> None:
+    """Refuse a task for a study that holds outputs against true counterparts, where its images have none.
+
+    Raises:
+        UserError: with what to do.
+    """
+    if not (task.val if split == "val" else task.test).partners:
+        raise UserError(
+            f"the {split} images of {task.name} have no true counterparts, and this study compares with them "
+            "(L1); take a task that has"
+        )
 
 
 def smallest_plan(
@@ -146,7 +166,7 @@ def warm_up(
 
 
 def batch_size(task: Task, most: int = 16) -> int:
-    """Images per step: 16 up to 128 × 128 pixels, 4 at 256 × 256, so that memory and steps stay alike."""
+    """Images per step: all of ``most`` up to 128 × 128 pixels, a quarter at 256 × 256: memory stays alike."""
     return max(1, min(most, most * 128 * 128 // task.val.inputs[0, 0].numel()))
 
 
@@ -237,8 +257,18 @@ def finetuning_of(
 ) -> TrainingOptions | CycleOptions:
     """Options of the finetuning stage for the images and the loss of a task."""
     if task.back is not None:
-        amp = bfloat16_pays(task.device)
-        return replace(CYCLE_FINETUNING, epochs=epochs, seed=seed, seconds=seconds, amp=amp)
+        domains = task.val.inputs.shape[1], task.val.targets.shape[1]
+        return replace(
+            CYCLE_FINETUNING,
+            epochs=epochs,
+            seed=seed,
+            seconds=seconds,
+            amp=bfloat16_pays(task.device),
+            batch_size=batch_size(task, CYCLE_FINETUNING.batch_size),
+            adversarial=task.adversarial,
+            # A generator can take its targets as inputs only where they have as many channels.
+            identity=CYCLE_FINETUNING.identity if domains[0] == domains[1] else 0.0,
+        )
     options = finetuning(epochs, seed, task.device, seconds)
     return replace(options, batch_size=batch_size(task), adversarial=task.adversarial)
 
@@ -251,6 +281,7 @@ def save_pair(
     plan: Plan,
     pair: tuple[nn.Module, nn.Module],
     half: bool,
+    way: str = "",
 ) -> None:
     """Write the generator and the discriminator of a plan with their recipes.
 
@@ -262,13 +293,14 @@ def save_pair(
         plan: its widths.
         pair: its networks; the discriminator may be the dense one, trained on.
         half: write kernels in half precision.
+        way: direction in the files' names, where the run has both.
     """
     for agent, network in zip(AGENTS, pair, strict=True):
         architecture = task.architectures[agent].pruned(_widths_of(network, task, agent, plan))
         recipe = {"task": task.name, "image_size": task.image_size, "row": row, "plan": plan.to_dict()}
         if task.preprocess is not None:
             recipe |= image_recipe(task.val.inputs.shape[-1], task.preprocess)
-        save_network(folder.weights(agent, stage), network, architecture, recipe, half=half)
+        save_network(folder.weights(agent_of(agent, way), stage), network, architecture, recipe, half=half)
 
 
 def _widths_of(network: nn.Module, task: Task, agent: str, plan: Plan) -> tuple[int, ...]:

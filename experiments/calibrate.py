@@ -35,6 +35,7 @@ from experiments.agreement import (
 from experiments.build import (
     ImageCounts,
     build_budgets,
+    check_counterparts,
     check_reachable,
     fixed_shares,
     image_counts,
@@ -233,6 +234,7 @@ def open_study(options: Options) -> tuple[Options, StudyFolder]:
     budgets = build_budgets(options.budget)
     shares = fixed_shares(budgets, options.budget)
     task = load_task(options.task, pick_device(options.device))
+    check_counterparts(task, "val")
     check_reachable(task, budgets, options.cost)
     for weights in (options.elastic, *extra.values()):
         settings_of(options, weights).elastic(task)

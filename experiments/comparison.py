@@ -30,9 +30,8 @@ from experiments.trials import Discriminator, Settings
 from gan.cost import DEFAULT_COST, CostKind
 from gan.elastic import ElasticOptions
 from gan.errors import unknown
-from gan.evaluations import CountedScorer, EvaluationLog
+from gan.evaluations import CountedScorer, EvaluationLog, PlanScorer
 from gan.files import file_hash, write_json
-from gan.scoring import Scorer
 from gan.tasks import Start, Task, load_task, save_elastic
 
 FULL = "full"
@@ -303,7 +302,7 @@ class Searcher:
 
     def __init__(self, study: Study) -> None:
         self.study = study
-        self._scorers: OrderedDict[Place, Scorer] = OrderedDict()
+        self._scorers: OrderedDict[Place, PlanScorer] = OrderedDict()
 
     def __call__(self, job: Job) -> Done:
         """Do a job, or what an interruption has left of it."""
@@ -329,7 +328,7 @@ class Searcher:
         save_elastic(job.file, made, task)
         return f"{job.steps} steps"
 
-    def scorer(self, place: Place) -> Scorer:
+    def scorer(self, place: Place) -> PlanScorer:
         """A ready scorer."""
         if place not in self._scorers:
             task = self.study.task(place.task, place.cost)

@@ -139,8 +139,9 @@ def write_credit(folder: RunFolder, credit: Credit) -> Credit:
 
 def describe_credit(credit: Credit) -> str:
     """One line: who earned what."""
+    whole = "both" if len(credit.alone) == 2 else "all"
     parts = [
-        f"{agent} {credit.alone[agent]:+.3f} alone, {share:+.3f} of both"
+        f"{agent} {credit.alone[agent]:+.3f} alone, {share:+.3f} of {whole}"
         for agent, share in credit.shapley.items()
     ]
     return f"gain over uniform {credit.joint:+.3f}: {'; '.join(parts)}"

@@ -23,6 +23,7 @@ from experiments.agreement import Interval, paired_difference
 from experiments.build import (
     ImageCounts,
     build_budgets,
+    check_counterparts,
     fixed_shares,
     image_counts,
     pick_device,
@@ -167,6 +168,7 @@ def open_study(options: Options) -> tuple[Options, RunFolder]:
     check_least(options, seeds=FEWEST_SEEDS, epochs=1, seed=0)
     shares = shares_of(options)
     task = load_task(options.task, pick_device(options.device))
+    check_counterparts(task, "val")
     networks = prunable(task, options.cost)
     for agent in AGENTS:
         check_reachable(networks[agent], shares[agent], agent)

@@ -15,6 +15,7 @@ from rich.console import Console
 from torch import Tensor, nn
 from tyro.conf import Positional
 
+from envs.budget import kind_of
 from experiments import cli
 from experiments.report import evaluation_table
 from experiments.runs import RunFolder, open_run, plain, task_of, versions
@@ -31,7 +32,8 @@ from gan.loader import write_loader
 from gan.networks import Architecture
 from gan.official import save_official
 from gan.runtime import OnnxNetwork
-from gan.tasks import ASSETS, Task, load_task
+from gan.tasks import Task
+from gan.two_way import agent_of, direction_of, load_any_task
 
 DESCRIPTION = """Writes a pruned network for use elsewhere: safetensors with a recipe that says what it was
 cut out of, ONNX whose outputs were compared with the network's, a .pth file for pytorch-CycleGAN-and-pix2pix,
@@ -59,7 +61,7 @@ class Options:
     output: Path | None = None
     """New folder; without it export/ in the run, or NAME_export beside the file."""
     network: str = "generator"
-    """Which network of the run."""
+    """Which network of the run; with both directions generator_A, discriminator_A, generator_B, …"""
     images: Path | None = None
     """Folder of real inputs for the comparison, where the task is not known."""
     source: Path | None = None
@@ -81,8 +83,9 @@ class Subject:
         network: in evaluation mode.
         architecture: with its widths.
         recipe: as it was saved.
-        task: where its images come from, if that is known.
+        task: where its images come from, if that is known; of its direction, where the run has both.
         run: the run that it is the result of, if it comes from one.
+        agent: its name in the run.
     """
 
     weights: Path
@@ -91,6 +94,17 @@ class Subject:
     recipe: Mapping[str, Any]
     task: Task | None
     run: RunFolder | None
+    agent: str = "generator"
+
+    @property
+    def kind(self) -> str:
+        """``generator`` or ``discriminator``."""
+        return kind_of(self.agent)
+
+    @property
+    def way(self) -> str:
+        """Its direction, ``""`` where the run has one."""
+        return self.agent.removeprefix(self.kind).removeprefix("_")
 
 
 def read_subject(model: Path, network: str) -> Subject:
@@ -102,9 +116,9 @@ def read_subject(model: Path, network: str) -> Subject:
     if model.is_file():
         return Subject(model, *load_network(model), None, None)
     run = open_run(model)
-    weights = run.weights(network)
-    run.require(weights)
-    return Subject(weights, *load_network(weights), load_task(task_of(run)), run)
+    weights = run.result(network)
+    task, _ = direction_of(load_any_task(task_of(run)), network)
+    return Subject(weights, *load_network(weights), task, run, network)
 
 
 def real_inputs(subject: Subject, options: Options) -> Tensor:
@@ -127,30 +141,27 @@ def real_inputs(subject: Subject, options: Options) -> Tensor:
     return inputs if channels == inputs.shape[1] else torch.cat([inputs, targets], 1)
 
 
-def find_start(subject: Subject, path: Path, network: str, extra: Path | None) -> dict[str, Any] | None:
+def find_start(subject: Subject, path: Path, extra: Path | None) -> dict[str, Any] | None:
     """The recipe of what finetuning began with, by the first source that gives it bit for bit, or None.
 
     Args:
         subject: of a run; anything else has no start.
         path: where the exported weights lie; the statistics go beside them.
-        network: agent.
         extra: elastic weights that the user names.
     """
-    if subject.run is None or subject.task is None or network not in subject.task.architectures:
+    if subject.run is None or subject.task is None or subject.kind not in subject.task.architectures:
         return None
-    raw = subject.run.weights(network, "raw")
+    raw = subject.run.weights(subject.agent, "raw")
     if not raw.is_file():
         return None
     start, architecture, recipe = load_network(raw)
-    dense = subject.task.architectures[network]
-    own_folder = subject.task.folder or ASSETS / subject.task.name
-    candidates = [
-        ("elastic", file) for file in (extra, subject.run.elastic, subject.task.elastic_path) if file
-    ]
-    candidates.append(("dense", own_folder / f"{network}.safetensors"))
+    dense = subject.task.architectures[subject.kind]
+    own = subject.run.elastic_of(subject.way)
+    candidates = [("elastic", file) for file in (extra, own, subject.task.elastic_path) if file]
+    candidates += [("dense", file) for file in (subject.task.weight_files.get(subject.kind),) if file]
     for kind, file in candidates:
         if file.is_file():
-            source = Source.read(kind, file, dense, network, int(recipe["image_size"]))
+            source = Source.read(kind, file, dense, subject.kind, int(recipe["image_size"]))
             found = describe_start(path, source, start, architecture.widths or dense.dense_widths)
             if found is not None:
                 return found
@@ -204,7 +215,7 @@ def main(options: Options) -> None:
     name = options.network if subject.run is not None else subject.weights.stem
     images = real_inputs(subject, options)
     output = options.output or (
-        subject.run.path / "export"
+        subject.run.path / (f"export_{subject.way}" if subject.way else "export")
         if subject.run is not None
         else subject.weights.with_name(f"{subject.weights.stem}_export")
     )
@@ -212,7 +223,7 @@ def main(options: Options) -> None:
     with new_folder(output) as folder:
         weights = folder / f"{name}.safetensors"
         shutil.copyfile(subject.weights, weights)
-        start = find_start(subject, weights, options.network, options.source)
+        start = find_start(subject, weights, options.source)
         write_json(recipe_path(weights), {**subject.recipe, **({"start": start} if start else {})})
         parities, files = write_models(subject, images, folder, name, options)
         if subject.architecture.is_generator and not is_factory(subject.architecture.name):
@@ -224,8 +235,8 @@ def main(options: Options) -> None:
             "parity": {key: asdict(parity) for key, parity in parities.items()},
         }
         rows: dict[str, dict[str, float]] = {}
-        if subject.run is not None and options.network == "generator" and not options.quick:
-            discriminator = load_network(subject.run.weights("discriminator"))[0]
+        if subject.run is not None and subject.kind == "generator" and not options.quick:
+            discriminator = load_network(subject.run.weights(agent_of("discriminator", subject.way)))[0]
             rows, count = quality(subject, discriminator, files)
             about |= {"rows": rows, "protocol": f"{count} test images, as in the run's table"}
         about["files"] = {

@@ -410,12 +410,11 @@ class NetworkWidths:
 def widths(networks: Sequence[NetworkWidths], title: str = "") -> Figure:
     """Keep ratio of every layer: a bar for the plan, an outline for uniform, kept channels below."""
     with mpl.rc_context(STYLE):
-        counts = [len(network.layers) for network in networks]
-        figure = Figure(figsize=(2.0 + 0.8 * sum(max(3, n) for n in counts), 4.0), layout="constrained")
+        # Room for the titles; those of four networks are longer.
+        counts = [max(3 if len(networks) <= 2 else 5, len(network.layers)) for network in networks]
+        figure = Figure(figsize=(2.0 + 0.8 * sum(counts), 4.0), layout="constrained")
         FigureCanvasAgg(figure)
-        panels = figure.subplots(
-            1, len(networks), width_ratios=[max(3, n) for n in counts], sharey=True, squeeze=False
-        )
+        panels = figure.subplots(1, len(networks), width_ratios=counts, sharey=True, squeeze=False)
         for axes, network in zip(panels[0], networks, strict=True):
             place = np.arange(len(network.layers))
             dense = np.asarray(network.dense, dtype=np.float64)
@@ -609,9 +608,9 @@ def learning_curve(frame: pd.DataFrame, dense: Mapping[str, float], title: str =
     """KID and L1 on val over a finetuning, the start at 0, the dense pair as a line.
 
     Args:
-        frame: one row per epoch with ``epoch``, ``seconds``, ``val_kid`` and ``val_l1``; NaN where nothing
-            was measured.
-        dense: the two figures of the dense generator.
+        frame: one row per epoch with ``epoch``, ``seconds``, ``val_kid`` and, where it is known, ``val_l1``;
+            NaN where nothing was measured.
+        dense: the same figures of the dense generator.
         title: of the figure.
     """
     minutes = bool(frame["seconds"].max() >= 120)
@@ -619,9 +618,10 @@ def learning_curve(frame: pd.DataFrame, dense: Mapping[str, float], title: str =
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(9, 3.4), layout="constrained")
         FigureCanvasAgg(figure)
-        for axes, (column, name) in zip(
-            figure.subplots(1, 2), (("val_kid", "KID"), ("val_l1", "L1")), strict=True
-        ):
+        panels = {"val_kid": "KID", "val_l1": "L1"}
+        measured = [(column, name) for column, name in panels.items() if column in frame]
+        drawn = figure.subplots(1, len(measured), squeeze=False)[0]
+        for axes, (column, name) in zip(drawn, measured, strict=True):
             known = frame[column].notna()
             axes.plot(x[known], frame[column][known], MARKERS[0] + "-", color=COLOURS[0], markersize=3)
             axes.axhline(dense[column], color=COLOURS[1], linestyle="--")

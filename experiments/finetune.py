@@ -405,7 +405,8 @@ def train(
             }
             if last or progress.epoch % options.validate_every == 0:
                 entry |= measure(judge, trainer.result(images.train))
-                stage.say(f"val KID {entry[KID]:.3f}, L1 {entry[L1]:.4f}")
+                distance = f", L1 {entry[L1]:.4f}" if L1 in entry else ""
+                stage.say(f"val KID {entry[KID]:.3f}{distance}")
             stage.at(round(progress.share * total, 2), total)
             log.append(plain(entry))
             save_checkpoint(folder.checkpoint, trainer)

@@ -58,6 +58,8 @@ class Options:
 
     model: Positional[Path]
     """Finished run, a generator's .safetensors file with its recipe, or an architecture such as unet_256."""
+    network: str = "generator"
+    """Which generator of a run with both directions: generator_A or generator_B."""
     macs: tuple[float, ...] = (0.25, 0.1)
     """For an architecture: uniform plans that keep these shares of its MACs."""
     base_width: int = 64
@@ -168,9 +170,9 @@ def subjects(options: Options) -> tuple[dict[str, nn.Module], Tensor, Path | Non
     output = options.output
     if options.model.is_dir():
         run = open_run(options.model)
-        run.require(run.weights("generator"))
-        files = {"pruned": run.weights("generator"), "uniform": run.weights("generator", "uniform")}
-        output = output or run.path / "measured.json"
+        files = {"pruned": run.result(options.network), "uniform": run.weights(options.network, "uniform")}
+        way = options.network.removeprefix("generator")
+        output = output or run.path / f"measured{way}.json"
     elif options.model.exists() or options.model.suffix:
         files = {"pruned": options.model}
     else:

@@ -17,12 +17,12 @@ from envs.budget import kind_of
 from envs.pruning_env import PruningEnv
 from envs.rewards import term_rewards
 from experiments import cli
-from experiments.build import build_budgets, build_learner, pick_device
+from experiments.build import build_budgets, build_learner, check_counterparts, pick_device
 from experiments.comparison_report import markdown
 from experiments.credit import Searched, reopen, settings_of
 from experiments.figures import Frontier, FrontPanel, fronts, save_figure
 from experiments.front import Place, halvings, hypervolume
-from experiments.runs import RunFolder, open_run, plain, read_json, read_metrics
+from experiments.runs import RunFolder, open_run, plain, read_json, read_metrics, task_of
 from experiments.trials import Settings, Split, Trial, TrialResult, dense_row, run_trials
 from experiments.watch import Watch
 from gan.cost import DEFAULT_COST
@@ -30,7 +30,7 @@ from gan.errors import UserError
 from gan.evaluation import KID
 from gan.files import write_json, write_text
 from gan.plans import Plan
-from gan.tasks import load_task
+from gan.tasks import check_one_pair, load_task
 
 DESCRIPTION = """Asks a policy that was trained on a range of budgets (train_agents.py --budget 0.05:0.5) for
 plans over that range, and draws what they cost against what is wrong with them, the dense pair at the top
@@ -219,6 +219,7 @@ def open_runs(paths: Sequence[Path]) -> tuple[list[Known], list[Known]]:
     for path in paths:
         folder = open_run(path)
         folder.require(folder.plan, folder.metrics, folder.elastic_reference)
+        check_one_pair(task_of(folder))
         runs.append(Known(folder, read_json(folder.options)))
     ranged, fixed = ([run for run in runs if run.ranged is kind] for kind in (True, False))
     if not ranged:
@@ -398,6 +399,8 @@ def main(options: Options) -> None:
     watch, device = Watch(console), pick_device(options.device)
     ranged, fixed = open_runs(options.runs)
     home, output = ranged[0], output_folder(options, ranged[0].folder)
+    if options.finetune:
+        check_counterparts(load_task(task_of(home.folder), device), options.split)
     with watch.stage("plans"):
         judged, made = make_fronts(ranged, fixed, options.points, device)
     dense = {GAP: 0.0}

@@ -35,7 +35,7 @@ SHOWN = (
 def evaluation_table(rows: Mapping[str, Mapping[str, float]], console: Console) -> None:
     """Print the rows of ``evaluation.json`` side by side, one figure a line: it fits 80 columns.
 
-    The file keeps the full names and all digits.
+    The file keeps the full names and all digits. What could not be measured is a dash.
     """
     images = next(iter(rows.values()))["n_images"]
     title = f"* features of EfficientNet-Lite0 at 112 px, {images} images"
@@ -46,7 +46,7 @@ def evaluation_table(rows: Mapping[str, Mapping[str, float]], console: Console) 
             name.replace("uniform_equal_time", "uniform_\nequal_time"), justify="right", no_wrap=True
         )
     for key, heading, form in SHOWN:
-        table.add_row(heading, *(form(row[key]) for row in rows.values()))
+        table.add_row(heading, *(form(row[key]) if key in row else "–" for row in rows.values()))
     console.print(table)
 
 

@@ -103,7 +103,11 @@ class RunFolder:
     @property
     def elastic(self) -> Path:
         """Weights that plans are scored with, where the run made them itself."""
-        return self.path / "elastic.safetensors"
+        return self.elastic_of("")
+
+    def elastic_of(self, way: str) -> Path:
+        """The same of one direction, where the run has both."""
+        return self.path / (f"elastic_{way}.safetensors" if way else "elastic.safetensors")
 
     @property
     def elastic_reference(self) -> Path:
@@ -165,6 +169,21 @@ class RunFolder:
             stage: empty for the finetuned result, ``raw`` before finetuning.
         """
         return self.path / (f"{network}_{stage}.safetensors" if stage else f"{network}.safetensors")
+
+    def result(self, network: str) -> Path:
+        """Weight file of a network that the run has made.
+
+        Raises:
+            UserError: its networks have other names (those of both directions do), or it is unfinished.
+        """
+        path = self.weights(network)
+        if not path.is_file() and self.plan.is_file():
+            names = read_json(self.plan)["best"]["widths"]
+            if network not in names:
+                known = ", ".join(names)
+                raise UserError(f"the run {self.path} has no {network!r} but {known}; name one by --network")
+        self.require(path)
+        return path
 
     @property
     def finished(self) -> bool:
@@ -327,7 +346,7 @@ def read_options(folder: RunFolder, kind: type[T]) -> T:
 
 
 def task_of(folder: RunFolder) -> str:
-    """What ``gan.tasks.load_task`` loads the run's task by, also after the run has been moved."""
+    """What ``gan.two_way.load_any_task`` loads the run's task by, also after the run has been moved."""
     return str(folder.task) if folder.task.is_dir() else str(read_json(folder.options).get("task"))
 
 

@@ -18,9 +18,9 @@ from gan.cost import DEFAULT_COST, CostKind
 from gan.elastic import ElasticNetwork
 from gan.evaluations import CountedScorer, PlanScorer
 from gan.files import write_json
-from gan.scoring import Scorer
 from gan.surrogate import Surrogate
-from gan.tasks import Start, Task
+from gan.tasks import Start
+from gan.two_way import AnyTask
 
 
 @dataclass(frozen=True)
@@ -61,10 +61,10 @@ class Problem:
 
     @property
     def budgets(self) -> dict[str, Budget]:
-        """Agent → budget."""
+        """Agent → budget, of one pair."""
         return build_budgets(self.budget)
 
-    def surrogate(self, task: Task, images: ImageCounts, shipped: bool) -> Surrogate | None:
+    def surrogate(self, task: AnyTask, images: ImageCounts, shipped: bool) -> Surrogate | None:
         """Predictions of finetuned results, where those that come with the task hold.
 
         Args:
@@ -73,25 +73,27 @@ class Problem:
             shipped: whether plans are cut from the weights that come with the task.
         """
         holds = self.start == "elastic" and shipped and images.probe is None
-        return task.surrogate(self.cost, budget_ends(self.budgets)) if holds else None
+        if not holds:
+            return None
+        return task.surrogate(self.cost, budget_ends(build_budgets(self.budget, task.networks)))
 
     def scorer(
-        self, task: Task, weights: Mapping[str, ElasticNetwork], images: ImageCounts, shipped: bool
-    ) -> Scorer:
+        self, task: AnyTask, weights: Mapping[str, ElasticNetwork], images: ImageCounts, shipped: bool
+    ) -> PlanScorer:
         """The scorer of the task; see :meth:`surrogate`."""
         return task.scorer(
             self.cost,
             weights=weights,
             probe=images.probe,
             statistics_images=images.statistics,
-            surrogate=self.surrogate(task, images, shipped),
+            surrogate=self.surrogate(task, images, shipped),  # type: ignore[arg-type]  # both have none
         )
 
     def env(self, scorer: PlanScorer, folder: RunFolder) -> PruningEnv:
         """The environment, with the evaluation log of a run."""
         return build_env(
             scorer,
-            self.budgets,
+            build_budgets(self.budget, scorer.networks),
             log=folder.evaluations,
             evaluations=self.evaluations,
             weights=self.weights,

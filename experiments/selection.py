@@ -46,10 +46,13 @@ class Verdict:
 
 
 def measure(judge: Judge, generator: nn.Module) -> dict[str, float]:
-    """KID and L1 on the judge's images, as in its rows: outputs of 8 bits, the mirrored ones too for KID."""
+    """KID and L1 on the judge's images, as in its rows: outputs of 8 bits, the mirrored ones too for KID.
+
+    No L1 where the images have no true counterparts.
+    """
     yardstick = judge.yardstick
     made = to_float(to_uint8(run_batched(generator, judge.flipped_inputs)))
-    return {
-        KID: round(float(kid(judge.real_features, yardstick.extractor(made))), 6),
-        L1: round(float(image_l1(made[: len(yardstick.inputs)], yardstick.targets)), 6),
-    }
+    figures = {KID: round(float(kid(judge.real_features, yardstick.extractor(made))), 6)}
+    if yardstick.pairs.partners:
+        figures[L1] = round(float(image_l1(made[: len(yardstick.inputs)], yardstick.targets)), 6)
+    return figures

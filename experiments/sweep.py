@@ -13,7 +13,13 @@ import torch
 from rich.console import Console
 
 from experiments import cli, headroom
-from experiments.build import check_learner, check_reachable, image_counts, pick_device
+from experiments.build import (
+    check_counterparts,
+    check_learner,
+    check_reachable,
+    image_counts,
+    pick_device,
+)
 from experiments.figures import Curve, quality_curves, save_figure
 from experiments.headroom import Cell, CellFolder
 from experiments.report import show_table
@@ -111,6 +117,7 @@ def open_sweep(options: Options) -> tuple[Options, RunFolder]:
     if not options.shares or len(set(options.shares)) < len(options.shares):
         raise UserError(f"--shares is {options.shares}; name one or more, each once")
     task = load_task(options.task, pick_device(options.device))
+    check_counterparts(task, "test")
     for share in options.shares:
         check_reachable(task, cell_of(share, options).budgets, options.cost)
     task.shipped_elastic()

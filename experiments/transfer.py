@@ -76,13 +76,14 @@ def read_target(path: Path, options: Mapping[str, Any]) -> Target:
     """
     folder = open_run(path)
     folder.require(folder.plan, folder.metrics)
-    fixed_shares(build_budgets(options["budget"]), options["budget"])
+    best = read_json(folder.plan)["best"]
+    fixed_shares(build_budgets(options["budget"], best["widths"]), options["budget"])
     known = read_json(folder.options)
     other = [flag(name) for name in SAME if known.get(name) != options.get(name)]
     if other:
         raise UserError(f"--reference {path} searched another problem; it differs in {', '.join(other)}")
     frame = read_metrics(folder)
-    score = float(read_json(folder.plan)["best"]["potential"])
+    score = float(best["potential"])
     # the log rounds what the plan's file does not
     there = frame[frame["best_potential"] >= score - 1e-6 * max(1.0, abs(score))]
     spent = (there if len(there) else frame.tail(1))["evaluations"].iloc[0]

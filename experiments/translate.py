@@ -19,7 +19,7 @@ from gan.checkpoints import load_network
 from gan.data import to_float, to_uint8
 from gan.errors import UserError
 from gan.folders import SUFFIXES, Preprocess, as_tensor, open_image
-from gan.tasks import load_task
+from gan.two_way import direction_of, load_any_task
 
 EXAMPLES = (
     ("python experiments/translate.py runs/NAME --input drawings --output made", "with the pruned generator"),
@@ -42,6 +42,8 @@ class Options:
     """Folder of images, or one image."""
     output: Path
     """New or empty folder for the results."""
+    network: str = "generator"
+    """Which generator of a run with both directions: generator_A or generator_B."""
     dense: bool = False
     """Use the run's dense generator instead of the pruned one."""
     batch_size: int = 16
@@ -82,11 +84,16 @@ class Translator:
         return as_tensor(image, self.channels)
 
 
-def load_translator(model: Path, dense: bool) -> Translator:
+def load_translator(model: Path, dense: bool, network: str = "generator") -> Translator:
     """The generator of a run or of a weight file.
 
+    Args:
+        model: run folder or weight file.
+        dense: the run's dense one.
+        network: which of the run's.
+
     Raises:
-        UserError: neither a finished run nor a generator's weight file.
+        UserError: neither a finished run nor a generator's weight file, or no such network.
     """
     if model.is_file():
         if dense:
@@ -96,19 +103,20 @@ def load_translator(model: Path, dense: bool) -> Translator:
         path = model
     else:
         run = open_run(model)
+        path = run.weights(network) if dense else run.result(network)
         if dense:
-            task = load_task(task_of(run))
+            task, kind = direction_of(load_any_task(task_of(run)), network)
+            if kind != "generator":
+                raise UserError(f"--network is {network}, a discriminator; name a generator")
             channels, height, width = task.val.inputs.shape[1:]
-            return Translator(task.networks["generator"], channels, height, width, task.preprocess)
-        run.require(run.weights("generator"))
-        path = run.weights("generator")
-    network, architecture, recipe = load_network(path)
+            return Translator(task.networks[kind], channels, height, width, task.preprocess)
+    module, architecture, recipe = load_network(path)
     if not architecture.is_generator:
         raise UserError(f"{model} holds the discriminator {architecture.name!r}; name a generator's file")
     height = int(recipe.get("image_size", 256))
     width = int(recipe.get("image_width", height))
     preprocess = Preprocess(**recipe["preprocess"]) if "preprocess" in recipe else None
-    return Translator(network, architecture.in_channels, height, width, preprocess)
+    return Translator(module, architecture.in_channels, height, width, preprocess)
 
 
 def find_images(source: Path) -> list[Path]:
@@ -133,7 +141,7 @@ def main(options: Options) -> None:
         raise UserError(f"--batch-size is {options.batch_size}; it must be 1 or more")
     if options.output.exists() and (not options.output.is_dir() or any(options.output.iterdir())):
         raise UserError(f"--output {options.output} exists and is not empty; name a new folder")
-    translator = load_translator(options.model, options.dense)
+    translator = load_translator(options.model, options.dense, options.network)
     files = find_images(options.input)
     names = [file.stem for file in files]
     doubled = sorted({name for name in names if names.count(name) > 1})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from importlib import resources
 from typing import Literal
@@ -39,11 +39,13 @@ class PairedImages:
         inputs: (N, 3, H, W) uint8, what the generator gets.
         targets: (N, 3, H, W) uint8, what it should make.
         names: N short names.
+        partners: whether each target is its input's true counterpart; else it was drawn, for what needs rows.
     """
 
     inputs: Tensor
     targets: Tensor
     names: tuple[str, ...]
+    partners: bool = True
 
     def __len__(self) -> int:
         return len(self.inputs)
@@ -57,19 +59,18 @@ class PairedImages:
         if count is None or count >= len(self):
             return self
         rows = torch.linspace(0, len(self) - 1, count).round().long()
-        return PairedImages(
-            self.inputs[rows], self.targets[rows], tuple(self.names[i] for i in rows.tolist())
-        )
+        names = tuple(self.names[i] for i in rows.tolist())
+        return replace(self, inputs=self.inputs[rows], targets=self.targets[rows], names=names)
 
     def swapped(self) -> PairedImages:
         """The same pairs, for the way back: what was a target is an input."""
-        return PairedImages(self.targets, self.inputs, self.names)
+        return replace(self, inputs=self.targets, targets=self.inputs)
 
     def with_flips(self) -> PairedImages:
         """Every pair and its mirror image: 2N pairs."""
         inputs, targets = (torch.cat([images, images.flip(-1)]) for images in (self.inputs, self.targets))
         mirrored = tuple(f"{name} (mirrored)" for name in self.names)
-        return PairedImages(inputs, targets, self.names + mirrored)
+        return replace(self, inputs=inputs, targets=targets, names=self.names + mirrored)
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class UnpairedImages:
         """
         first, second = (torch.arange(len(self)) % len(images) for images in (self.first, self.second))
         names = tuple(self.first_names[i] for i in first.tolist())
-        return PairedImages(self.first[first], self.second[second], names)
+        return PairedImages(self.first[first], self.second[second], names, partners=False)
 
     @classmethod
     def of(cls, pairs: PairedImages) -> UnpairedImages:
@@ -161,13 +162,14 @@ def _framed(image: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
     drawn = (image <= PAPER).any(2)
     if not drawn.any():
         return image.transpose(2, 0, 1)
-    (top, bottom), (left, right) = (np.flatnonzero(drawn.any(axis))[[0, -1]] for axis in (1, 0))
-    part = Image.fromarray(image[top : bottom + 1, left : right + 1])
+    rows, columns = np.nonzero(drawn)
+    part = Image.fromarray(image[rows.min() : rows.max() + 1, columns.min() : columns.max() + 1])
     scale = side / max(part.size)
     width, height = (max(1, round(scale * length)) for length in part.size)
     tile = np.full_like(image, 255)
     row, column = (tile.shape[0] - height) // 2, (tile.shape[1] - width) // 2
-    tile[row : row + height, column : column + width] = part.resize((width, height), Image.Resampling.BICUBIC)
+    scaled = np.asarray(part.resize((width, height), Image.Resampling.BICUBIC))
+    tile[row : row + height, column : column + width] = scaled
     return tile.transpose(2, 0, 1)
 
 

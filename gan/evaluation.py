@@ -35,6 +35,9 @@ COLUMNS = (
     "balance_gap",
     "n_images",
 )
+"""A row; what belongs to an extractor carries its name."""
+AGAINST_COUNTERPARTS = ("l1", "psnr")
+"""Columns that hold every output against the true counterpart of its input."""
 
 
 def count(network: nn.Module, inputs: Sequence[Tensor]) -> tuple[int, int]:
@@ -93,7 +96,10 @@ class Judge:
         return cls(yardstick, inputs, extractor(targets))
 
     def row(self, generator: nn.Module, discriminator: nn.Module) -> dict[str, float]:
-        """All of ``COLUMNS`` for a pair in evaluation mode; outputs are rounded to 8 bits, as in files."""
+        """All of ``COLUMNS`` for a pair in evaluation mode; outputs are rounded to 8 bits, as in files.
+
+        Where no image has a true counterpart, those of ``AGAINST_COUNTERPARTS`` are missing.
+        """
         yardstick = self.yardstick
         extractor_name = yardstick.extractor.name
         made = to_float(to_uint8(run_batched(generator, self.flipped_inputs)))
@@ -122,8 +128,11 @@ class Judge:
             "balance_gap": yardstick.balance_gap(outputs, discriminator),
             "n_images": len(made),
         }
+        unknown = () if yardstick.pairs.partners else AGAINST_COUNTERPARTS
         return {
-            name: int(value) if name in INTEGERS else round(float(value), 6) for name, value in row.items()
+            name: int(value) if name in INTEGERS else round(float(value), 6)
+            for name, value in row.items()
+            if name not in unknown
         }
 
 

@@ -270,6 +270,12 @@ def load(source: Path | str, network: str = "generator") -> nn.Module:
     path = Path(source)
     if path.is_dir():
         path = path / f"{network}.safetensors"
+        both = [one for one in ("A", "B") if path.with_stem(f"{network}_{one}").is_file()]
+        if not path.is_file() and both:
+            known = " and ".join(f"{network}_{one}" for one in both)
+            raise UserError(
+                f"{source} holds {known}; name one of them, as in gan.load(…, '{network}_{both[0]}')"
+            )
         if not path.is_file():
             raise UserError(
                 f"{source} holds no {path.name}; name a finished run, an exported folder or a weight file"

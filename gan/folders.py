@@ -7,6 +7,7 @@ Aligned: ``train/ val/ test/`` with A|B side by side in every file. Unaligned: `
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -268,7 +269,8 @@ def _paired_sources(folder: Path, split: Split) -> tuple[list[Source], list[str]
     if (first or second) and not shared:
         raise UserError(
             f"no image of {folder / f'{split}A'} ({len(first)}) has one of the same name in {split}B "
-            f"({len(second)}); paired work needs A and B under one file name"
+            f"({len(second)}); paired work needs A and B under one file name, unpaired work (CycleGAN) the "
+            "generator of the way back: --back latest_net_G_B.pth"
         )
     return shared, alone
 
@@ -391,8 +393,8 @@ def _load(sources: Sequence[Source], read: Reader) -> tuple[list[Tensor], list[s
     return [stack[: len(names)] for stack in stacks], names, wrong
 
 
-def _report(wrong: Mapping[str, str], where: str, reading: Reading) -> list[str]:
-    """Notes on unusable images, or the refusal.
+def _report(wrong: Mapping[str, str], where: str, reading: Reading, advice: str = "") -> list[str]:
+    """Notes on unusable images, or the refusal, with further advice.
 
     Raises:
         UserError: with ``refuse``.
@@ -403,7 +405,7 @@ def _report(wrong: Mapping[str, str], where: str, reading: Reading) -> list[str]
     if reading.odd_images == "refuse":
         raise UserError(
             f"{len(wrong)} images of {where} cannot be used: {named}; put them right, or leave them out with "
-            "--odd-images skip"
+            f"--odd-images skip{advice}"
         )
     return [f"{len(wrong)} images of {where} are left out: {named}"]
 
@@ -460,7 +462,8 @@ def load_pairs(folder: Path, reading: Reading) -> PairedSplits:
     if not splits["train"]:
         where = "train" if layout(folder) == "aligned" else "trainA and trainB"
         raise UserError(f"{folder} has no images in {where}; allowed are {', '.join(sorted(SUFFIXES))}")
-    notes = _report(dict.fromkeys(alone, "no partner"), str(folder), reading)
+    advice = "; images without partners need --back, the generator of the way back"
+    notes = _report(dict.fromkeys(alone, "no partner"), str(folder), reading, advice)
     notes += _fill(splits, folder)
     for split in SPLITS:
         splits[split] = _spread(splits[split], getattr(reading, split))
@@ -525,3 +528,37 @@ def load_unpaired(folder: Path, reading: Reading) -> UnpairedSplits:
         (first, first_names), (second, second_names) = parts
         loaded[split] = UnpairedImages(first, second, first_names, second_names)
     return UnpairedSplits(loaded["train"], loaded["val"], loaded["test"], tuple(notes))
+
+
+def load_drawn(folder: Path, reading: Reading) -> PairedSplits:
+    """Read an unaligned folder for unpaired work into rows: each image beside one that was drawn for it.
+
+    Val and test have as many images of either domain, so that none counts twice in a distribution; to train
+    on, the smaller domain starts again when it is through.
+
+    Raises:
+        UserError: as :func:`load_unpaired`, or images that differ in size.
+    """
+    found = load_unpaired(folder, reading)
+    notes = list(found.notes)
+
+    def even(split: str, images: UnpairedImages) -> PairedImages:
+        counts = len(images.first), len(images.second)
+        if counts[0] != counts[1]:
+            notes.append(f"{split} has {counts[0]} and {counts[1]} images: {min(counts)} of either are used")
+        return _drawn(images.take(min(counts)))
+
+    val, test = even("val", found.val), even("test", found.test)
+    splits = PairedSplits(_drawn(found.train), val, test, tuple(notes))
+    sides = {tuple(side.shape[-2:]) for images in splits[:3] for side in (images.inputs, images.targets)}
+    if len(sides) > 1:
+        sizes = ", ".join(sorted(f"{width} × {height}" for height, width in sides))
+        raise UserError(f"the images of {folder} differ in size ({sizes}); use --preprocess resize_and_crop")
+    return splits
+
+
+def _drawn(images: UnpairedImages) -> PairedImages:
+    """Rows of both domains, named after both images."""
+    first, second = itertools.cycle(images.first_names), itertools.cycle(images.second_names)
+    names = tuple(f"{next(first)} beside {next(second)}" for _ in range(len(images)))
+    return replace(images.drawn(), names=names)

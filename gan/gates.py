@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -112,3 +112,12 @@ class Differentiable(Protocol):
 
     def gated(self) -> GatedPair:
         """The networks that plans are cut from, with gates on their channels."""
+
+
+@runtime_checkable
+class Directed(Protocol):
+    """A scorer of several directions, each with a scorer of its own."""
+
+    @property
+    def ways(self) -> Mapping[str, Any]:
+        """Direction, as in the names of its agents → its scorer."""

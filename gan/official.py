@@ -267,8 +267,10 @@ def save_official(path: Path, network: nn.Module) -> Path:
     return write_bytes(path, data.getvalue())
 
 
-def check_pair(generator: OfficialNetwork, discriminator: OfficialNetwork) -> None:
-    """Make sure that two networks make a paired translator.
+def check_pair(
+    generator: OfficialNetwork, discriminator: OfficialNetwork, back: OfficialNetwork | None = None
+) -> None:
+    """Make sure that networks make a translator: a paired one, or with the way back an unpaired one.
 
     Raises:
         UserError: exchanged files, or channels that do not fit.
@@ -280,16 +282,43 @@ def check_pair(generator: OfficialNetwork, discriminator: OfficialNetwork) -> No
         raise UserError(
             f"--generator holds the network {made.name!r} and --discriminator {judge.name!r}; {advice}"
         )
-    paired = made.in_channels + made.out_channels
-    if judge.in_channels == paired:
-        return
+    paired, alone = made.in_channels + made.out_channels, made.out_channels
     seen = f"the discriminator sees {judge.in_channels} channels"
-    if judge.in_channels == made.out_channels:
+    if back is not None:
+        _check_back(made, back.architecture)
+    if judge.in_channels == (paired if back is None else alone):
+        return
+    if back is None and judge.in_channels == alone:
         raise UserError(
             f"{seen}, so it was trained on unpaired images (CycleGAN); paired work needs one that sees input "
-            f"and output, {paired} channels"
+            f"and output, {paired} channels; unpaired work needs the generator of the way back: "
+            "--back latest_net_G_B.pth"
+        )
+    if back is not None and judge.in_channels == paired:
+        raise UserError(
+            f"{seen}, so it was trained on pairs (Pix2Pix); leave out --back, or name the discriminator of "
+            f"unpaired images, which sees {alone}"
         )
     raise UserError(
         f"{seen}; beside a generator of {made.in_channels} → {made.out_channels} channels it must be "
-        f"{paired}: are the two files of one training?"
+        f"{paired if back is None else alone}: are the two files of one training?"
     )
+
+
+def _check_back(there: Architecture, back: Architecture) -> None:
+    """Make sure that a network is the way back of a generator.
+
+    Raises:
+        UserError: it is no generator, or takes or makes other channels.
+    """
+    if not back.is_generator:
+        raise UserError(
+            f"--back holds the discriminator {back.name!r}; name the generator of the way back, such as "
+            "latest_net_G_B.pth"
+        )
+    if (back.in_channels, back.out_channels) != (there.out_channels, there.in_channels):
+        raise UserError(
+            f"--back makes {back.out_channels} channels of {back.in_channels}; the way back of a generator "
+            f"of {there.in_channels} → {there.out_channels} channels must make {there.in_channels} of "
+            f"{there.out_channels}: are the files of one training?"
+        )

@@ -22,7 +22,16 @@ from gan.data import PairedImages, to_float
 from gan.errors import UserError, unknown
 from gan.factories import example_inputs, first_channels, is_factory, make_network
 from gan.files import file_hash, write_json
-from gan.folders import Direction, OddImages, PairedSplits, Preprocess, PreprocessKind, Reading, load_pairs
+from gan.folders import (
+    Direction,
+    OddImages,
+    PairedSplits,
+    Preprocess,
+    PreprocessKind,
+    Reading,
+    load_drawn,
+    load_pairs,
+)
 from gan.losses import AdversarialKind
 from gan.networks import Architecture, NormKind, StatisticsKind, unet_levels, with_image_statistics
 from gan.official import OfficialNetwork, check_pair, load_official, read_state
@@ -30,6 +39,8 @@ from gan.trial_cuts import run, shapes_of, tried_groups
 
 AGENTS = ("generator", "discriminator")
 TASK_FILE = "task.json"
+BACK = "back.safetensors"
+"""File of the generator of the way back, in a task folder."""
 USUAL_SIZE = 256
 """Crop in pixels for generators that take any size."""
 JUDGED = 32
@@ -46,6 +57,9 @@ class OwnOptions:
     """Its discriminator, such as latest_net_D.pth."""
     data: Path | None = None
     """Folder of images: train/ val/ test/ with A|B side by side, or trainA/ trainB/ testA/ testB/."""
+    back: Path | None = None
+    """CycleGAN: the generator of the way back, such as latest_net_G_B.pth beside latest_net_G_A.pth and
+    latest_net_D_A.pth. It stays as it is and closes the cycle; the images of --data need no partners then."""
     generator_factory: str | None = None
     """module:factory that builds a generator of any other kind; --generator is then its state dict (.pth or
     .safetensors), or left out where the factory loads it."""
@@ -66,8 +80,8 @@ class OwnOptions:
     gives the lower L1 on val."""
     dropout: bool = False
     """Finetune a U-Net with dropout, which leaves no trace in its weights."""
-    gan_mode: AdversarialKind = "vanilla"
-    """The adversarial loss that the pair was trained with."""
+    gan_mode: AdversarialKind | None = None
+    """The adversarial loss that the pair was trained with; vanilla without it, lsgan with --back."""
     train_images: int = 0
     """At most so many images to train on, spread evenly; 0: all."""
     val_images: int = 160
@@ -110,7 +124,7 @@ class OwnOptions:
         known = ("auto", *get_args(StatisticsKind))
         if self.norm_statistics not in known:
             raise unknown("norm statistics", self.norm_statistics, known)
-        if self.gan_mode not in get_args(AdversarialKind):
+        if self.gan_mode is not None and self.gan_mode not in get_args(AdversarialKind):
             raise unknown("GAN mode", self.gan_mode, get_args(AdversarialKind))
 
 
@@ -127,8 +141,9 @@ class OwnTask:
         networks: agent → dense network in evaluation mode, with the norm statistics that were chosen.
         architectures: agent → how to build it.
         sources: agent → checkpoint that it came from, and its hash.
-        images: the pairs.
+        images: the pairs; where there is a way back, each image beside one that was drawn for it.
         notes: sentences for the user: what was inferred, chosen, left out.
+        back: the generator of the way back of an unpaired translator and how to build it, or None.
     """
 
     name: str
@@ -141,6 +156,7 @@ class OwnTask:
     sources: Mapping[str, Mapping[str, str]]
     images: PairedSplits
     notes: tuple[str, ...]
+    back: tuple[nn.Module, Architecture] | None = None
 
 
 def make_own_task(options: OwnOptions, device: str = "cpu") -> OwnTask:
@@ -156,7 +172,8 @@ def make_own_task(options: OwnOptions, device: str = "cpu") -> OwnTask:
     options.check()
     assert options.data is not None
     pair = {agent: _load_network(options, agent) for agent in AGENTS}
-    check_pair(pair["generator"], pair["discriminator"])
+    back = _load_back(options)
+    check_pair(pair["generator"], pair["discriminator"], back)
     made = pair["generator"].architecture
     if options.dropout and unet_levels(made.name):
         made = replace(made, dropout=True)
@@ -165,19 +182,23 @@ def make_own_task(options: OwnOptions, device: str = "cpu") -> OwnTask:
         pair["generator"] = OfficialNetwork(network.eval(), made, ())
     reading = _reading(options, made)
     data = options.data.resolve()
-    images = load_pairs(data, reading)
-    check_sizes(images.val, pair["generator"].architecture, pair["discriminator"].architecture)
+    images = load_pairs(data, reading) if back is None else load_drawn(data, reading)
+    for one in [pair["generator"], *([] if back is None else [back])]:
+        check_sizes(images.val, one.architecture, pair["discriminator"].architecture)
     statistics, chosen = choose_statistics(pair["generator"], images.val, options.norm_statistics, device)
     networks, architectures = {}, {}
     notes = [note for agent in AGENTS for note in pair[agent].notes]
-    for agent, (network, architecture, _) in pair.items():
-        if architecture.norm == "batch" and statistics == "image":
-            network, architecture = with_image_statistics(network), replace(architecture, statistics="image")
-        networks[agent], architectures[agent] = network.requires_grad_(False), architecture
-        notes.append(f"{agent}: {describe(network, architecture, images.val)}")
+    for agent, one in pair.items():
+        networks[agent], architectures[agent] = _settle(one, statistics)
+        notes.append(f"{agent}: {describe(networks[agent], architectures[agent], images.val)}")
+    closing = None
+    if back is not None:
+        closing = _settle(back, statistics)
+        notes.append(f"way back: {describe(*closing, images.val)}")
     notes += [*([chosen] if chosen else []), *images.notes]
     notes.append(
-        f"{len(images.train)} train, {len(images.val)} val, {len(images.test)} test pairs of "
+        f"{len(images.train)} train, {len(images.val)} val, {len(images.test)} test "
+        f"{'pairs' if back is None else 'images of either domain, unpaired,'} of "
         f"{' × '.join(str(side) for side in images.val.inputs.shape[-2:])} pixels"
     )
     return OwnTask(
@@ -188,13 +209,31 @@ def make_own_task(options: OwnOptions, device: str = "cpu") -> OwnTask:
             agent: getattr(options, f"{agent}_multiple") or usual_multiple(architectures[agent])
             for agent in AGENTS
         },
-        adversarial=options.gan_mode,
+        adversarial=options.gan_mode or ("vanilla" if back is None else "lsgan"),
         networks=networks,
         architectures=architectures,
         sources={agent: _source(options, agent) for agent in AGENTS},
         images=images,
         notes=tuple(notes),
+        back=closing,
     )
+
+
+def _settle(one: OfficialNetwork, statistics: StatisticsKind) -> tuple[nn.Module, Architecture]:
+    """A network with the norm statistics that were chosen, read-only, and how to build it."""
+    network, architecture, _ = one
+    if architecture.norm == "batch" and statistics == "image":
+        network, architecture = with_image_statistics(network), replace(architecture, statistics="image")
+    return network.requires_grad_(False), architecture
+
+
+def _load_back(options: OwnOptions) -> OfficialNetwork | None:
+    """The generator of the way back; of the same code as the generator, where that is the user's own."""
+    if options.back is None:
+        return None
+    if options.generator_factory is None:
+        return load_official(options.back)
+    return load_foreign(options.generator_factory, options.back, "generator", options.crop_size or USUAL_SIZE)
 
 
 def _load_network(options: OwnOptions, agent: str) -> OfficialNetwork:
@@ -330,6 +369,11 @@ def choose_statistics(
         return "running", ""
     if wanted != "auto":
         return wanted, f"norm statistics: {wanted}, as asked for"  # type: ignore[return-value]
+    if not val.partners:
+        return "image", (
+            "norm statistics: image, as the repository's test.py runs it unless told --eval; without true "
+            "counterparts nothing says which is better (--norm-statistics running takes the others)"
+        )
     shown = val.take(JUDGED)
     distances: dict[StatisticsKind, float] = {
         "running": _l1(generator.network, shown, device),
@@ -389,6 +433,8 @@ def save_own_task(folder: Path, task: OwnTask) -> Path:
         recipe |= image_recipe(size[-1], task.reading.preprocess)
         path = folder / f"{agent}.safetensors"
         save_network(path, task.networks[agent], task.architectures[agent], recipe)
+    if task.back is not None:
+        save_network(folder / BACK, *task.back, {"task": task.name, "image_size": int(size[-2])})
     about = {
         "format": 1,
         "name": task.name,
@@ -396,6 +442,7 @@ def save_own_task(folder: Path, task: OwnTask) -> Path:
         "reading": asdict(task.reading),
         "multiples": dict(task.multiples),
         "adversarial": task.adversarial,
+        "paired": task.back is None,
         "images": _images_mark(task.images),
         "notes": list(task.notes),
     }
@@ -429,6 +476,7 @@ def load_own_task(folder: Path) -> OwnTask:
         name, data, mark = str(about["name"]), Path(about["data"]), about["images"]
         multiples = {agent: int(about["multiples"][agent]) for agent in AGENTS}
         adversarial, notes = about["adversarial"], tuple(about["notes"])
+        paired = bool(about.get("paired", True))  # tasks of older versions do not say
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise UserError(f"{path} is damaged ({error}); make the task again") from error
     networks, architectures = {}, {}
@@ -437,12 +485,26 @@ def load_own_task(folder: Path) -> OwnTask:
         network, architecture, recipe = load_network(folder / f"{agent}.safetensors")
         networks[agent], architectures[agent] = network.requires_grad_(False), architecture
         sources[agent] = {key: str(recipe[key]) for key in ("source", "source_hash") if key in recipe}
-    images = load_pairs(data, about["reading"])
+    back = None
+    if not paired:
+        network, architecture, _ = load_network(folder / BACK)
+        back = network.requires_grad_(False), architecture
+    images = load_pairs(data, about["reading"]) if paired else load_drawn(data, about["reading"])
     if _images_mark(images) != mark:
         raise UserError(
             f"the images in {data} are not those that {folder} was made from; put them back, or make the "
             "task again"
         )
     return OwnTask(
-        name, data, about["reading"], multiples, adversarial, networks, architectures, sources, images, notes
+        name,
+        data,
+        about["reading"],
+        multiples,
+        adversarial,
+        networks,
+        architectures,
+        sources,
+        images,
+        notes,
+        back,
     )

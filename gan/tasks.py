@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
 from typing import Literal, get_args
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gan.checkpoints import load_network, load_tensors, save_tensors, tensors_hash
 from gan.cost import DEFAULT_COST, CostKind, CostModel, build_cost_model
-from gan.cyclegan import CycleOptions, Direction, OneWayTrainer, cycle_finetuner
+from gan.cyclegan import TWO_WAY_TASKS, CycleOptions, Direction, OneWayTrainer, cycle_finetuner
 from gan.data import SPLITS, PairedImages, embedded_pairs, embedded_unpaired
 from gan.distillation import NO_INGREDIENTS, DensePair, Ingredients
 from gan.elastic import ElasticNetwork, order_channels
@@ -123,9 +123,10 @@ class Task:
         folder: task folder of a user's own pair, absolute; None for embedded tasks.
         preprocess: how its images got to their size.
         adversarial: the loss that the pair was trained with.
+        weight_files: agent → file of its dense network, where it has one.
         back: the dense generator of the way back, which closes the cycle; None where images are paired.
             Without pairs, train and val hold each input beside an image that was drawn once; test holds it
-            beside its true counterpart.
+            beside its true counterpart in embedded tasks, and like val in others.
     """
 
     name: str
@@ -142,12 +143,18 @@ class Task:
     folder: Path | None = None
     preprocess: Preprocess | None = None
     adversarial: AdversarialKind = "vanilla"
+    weight_files: Mapping[str, Path] = field(default_factory=dict)
     back: nn.Module | None = None
 
     @property
     def reference(self) -> str:
         """What :func:`load_task` loads this task by."""
         return self.name if self.folder is None else str(self.folder)
+
+    @property
+    def ways(self) -> dict[str, Task]:
+        """Direction → its task: this one alone. A task of both directions has ``A`` and ``B``."""
+        return {"": self}
 
     @property
     def device(self) -> torch.device:
@@ -197,8 +204,14 @@ class Task:
             UserError: there are none, or they belong to another dense pair.
         """
         if self.elastic_path is None:
+            dense = self.weight_files.get("generator")
+            advice = "make them with --warm-up 1200"
+            if dense is not None:
+                file = dense.with_name(dense.name.replace("generator", "elastic"))
+                command = f"python experiments/train_elastic.py --task {self.reference} --output {file}"
+                advice = f"make them: {command}; or for one run, with --warm-up 1200"
             raise UserError(
-                f"task {self.name!r} comes without elastic weights; train them first, or use --start dense"
+                f"task {self.name!r} comes without elastic weights; {advice}; or use --start dense"
             )
         return load_elastic(self.elastic_path, self)
 
@@ -297,12 +310,20 @@ class Task:
             assert isinstance(options, TrainingOptions)
             return finetuner(generator, discriminator, teacher, options, ingredients, dense)
         assert isinstance(options, CycleOptions)
-        if ingredients != NO_INGREDIENTS:
+        self.check_ingredients(ingredients)
+        taught_by = teacher.teacher if isinstance(teacher, Lessons) else teacher
+        return cycle_finetuner(generator, discriminator, self.back, taught_by, options)
+
+    def check_ingredients(self, ingredients: Ingredients) -> None:
+        """Refuse what only pairs can be taught with.
+
+        Raises:
+            UserError: ingredients for a task without pairs.
+        """
+        if self.back is not None and ingredients != NO_INGREDIENTS:
             raise UserError(
                 f"ingredients of finetuning need pairs; task {self.name!r} has none: leave their options out"
             )
-        taught_by = teacher.teacher if isinstance(teacher, Lessons) else teacher
-        return cycle_finetuner(generator, discriminator, self.back, taught_by, options)
 
     def cut(self, weights: Mapping[str, ElasticNetwork], plan: Plan) -> tuple[nn.Module, nn.Module]:
         """The networks of a plan, cut out for real, with BatchNorm statistics of their own."""
@@ -334,8 +355,7 @@ def own_task(own: OwnTask, device: str = "cpu", folder: Path | None = None) -> T
         folder: where it lies, once it is written; elastic weights are looked for there and in its run.
     """
     networks = {agent: network.to(device) for agent, network in own.networks.items()}
-    channels = own.reading.channels
-    seen = {"generator": channels[0], "discriminator": sum(channels)}
+    seen = {agent: architecture.in_channels for agent, architecture in own.architectures.items()}
     size = own.images.val.inputs.shape[-2:]
     places = [] if folder is None else [folder / ELASTIC, folder.parent / ELASTIC]
     return Task(
@@ -356,6 +376,8 @@ def own_task(own: OwnTask, device: str = "cpu", folder: Path | None = None) -> T
         folder=None if folder is None else folder.resolve(),
         preprocess=own.reading.preprocess,
         adversarial=own.adversarial,
+        back=None if own.back is None else own.back[0].to(device),
+        weight_files={} if folder is None else {agent: folder / f"{agent}.safetensors" for agent in AGENTS},
     )
 
 
@@ -371,6 +393,19 @@ def embedded_images(recipe: TaskRecipe) -> tuple[PairedImages, PairedImages, Pai
     return domains[0].drawn(), domains[1].drawn(), test
 
 
+def check_one_pair(name: str) -> None:
+    """Refuse a task of four networks where a program takes one pair.
+
+    Raises:
+        UserError: with the names of its directions.
+    """
+    if name in TWO_WAY_TASKS:
+        raise UserError(
+            f"{name} has four networks and this takes one pair: name a direction, "
+            f"{' or '.join(TWO_WAY_TASKS[name])}"
+        )
+
+
 @cache
 def load_task(name: str = "edges2emoji", device: str = "cpu") -> Task:
     """A named task with its pretrained pair, or a user's own.
@@ -384,6 +419,7 @@ def load_task(name: str = "edges2emoji", device: str = "cpu") -> Task:
         UserError: unknown name, or weight files that are missing or damaged.
     """
     known = TASKS | UNPAIRED_TASKS
+    check_one_pair(name)
     if name not in known:
         if (own := find_task_folder(name)) is not None:
             return own_task(load_own_task(own), device, own)
@@ -394,9 +430,16 @@ def load_task(name: str = "edges2emoji", device: str = "cpu") -> Task:
     folder = ASSETS / (recipe.folder or name)
     way = "" if recipe.direction is None else f"_{recipe.direction}"
     networks, architectures, groups = {}, {}, {}
+    files = {agent: folder / f"{agent}{way}.safetensors" for agent in AGENTS}
+    missing = [file for file in files.values() if not file.is_file()]
+    if missing:
+        raise UserError(
+            f"the pretrained networks of task {name!r} are not there ({missing[0]}); make them, in hours: "
+            f"python experiments/pretrain_gan.py --task {recipe.folder or name} --output {ASSETS}"
+        )
     train, val, test = embedded_images(recipe)
-    for agent in AGENTS:
-        network, architecture, _ = load_network(folder / f"{agent}{way}.safetensors")
+    for agent, file in files.items():
+        network, architecture, _ = load_network(file)
         network = network.to(device).requires_grad_(False)
         example = torch.zeros(1, architecture.in_channels, *val.inputs.shape[-2:], device=device)
         networks[agent], architectures[agent] = network, architecture
@@ -419,7 +462,8 @@ def load_task(name: str = "edges2emoji", device: str = "cpu") -> Task:
         MULTIPLES,
         found,
         surrogate if surrogate.is_file() else None,
-        adversarial="vanilla" if back is None else "lsgan",
+        adversarial="vanilla",
+        weight_files=files,
         back=back,
     )
 

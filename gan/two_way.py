@@ -1,11 +1,17 @@
-"""Both directions of an unpaired translator at once: four networks, one plan."""
+"""Both directions of an unpaired translator at once: four networks, one plan.
+
+What a program does with one direction or with both, it does for each of ``task.ways``: ``""`` names the only
+direction of a task, ``A`` and ``B`` those of a translator. Plans, weights and budgets are by agent, for all
+networks; :func:`part_of` and :func:`share_of` give a direction's own.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
+import torch
 from torch import nn
 
 from gan.cost import CostKind
@@ -21,18 +27,36 @@ from gan.data import UnpairedImages
 from gan.elastic import ElasticNetwork
 from gan.errors import UserError, unknown
 from gan.evaluations import PlanScorer, PrunableNetwork, Scores
+from gan.latency import LatencyTable
 from gan.loop import TrainingProgress, trainable_copy
 from gan.plans import Plan
 from gan.surrogate import Surrogate
 from gan.tasks import AGENTS, Start, Task, load_task
 
+T = TypeVar("T")
+Pair = tuple[nn.Module, nn.Module]
 FOUR_AGENTS = tuple(f"{agent}_{way}" for agent in AGENTS for way in DIRECTIONS)
 """Generators first."""
 
 
-def part_of(plan: Plan, way: Direction) -> Plan:
-    """One direction of a plan for four networks: a plan for ``generator`` and ``discriminator``."""
-    return Plan.of({agent: plan[f"{agent}_{way}"] for agent in AGENTS}, plan.ranking)
+def agent_of(kind: str, way: str) -> str:
+    """``generator_A`` of the direction A; ``generator`` of the only direction, ``""``."""
+    return f"{kind}_{way}" if way else kind
+
+
+def share_of(values: Mapping[str, T], way: str) -> dict[str, T]:
+    """What belongs to one direction: agent → value becomes ``generator`` and ``discriminator`` → value."""
+    return {kind: values[agent_of(kind, way)] for kind in AGENTS}
+
+
+def by_agent(ways: Mapping[str, Mapping[str, T]]) -> dict[str, T]:
+    """The inverse of :func:`share_of` for all directions: agent → value, generators first."""
+    return {agent_of(kind, way): values[kind] for kind in AGENTS for way, values in ways.items()}
+
+
+def part_of(plan: Plan, way: str) -> Plan:
+    """One direction of a plan: a plan for ``generator`` and ``discriminator``."""
+    return Plan.of({kind: plan[agent_of(kind, way)] for kind in AGENTS}, plan.ranking)
 
 
 def joined(plans: Mapping[Direction, Plan]) -> Plan:
@@ -63,9 +87,7 @@ class TwoWayScorer:
         if len(rankings) > 1:
             raise ValueError(f"both directions need one ranking of channels; these have {sorted(rankings)}")
         self._ranking = rankings.pop()
-        self._networks = {
-            f"{agent}_{way}": self.ways[way].networks[agent] for agent in AGENTS for way in DIRECTIONS
-        }
+        self._networks = by_agent({way: scorer.networks for way, scorer in self.ways.items()})
 
     @property
     def networks(self) -> Mapping[str, PrunableNetwork]:
@@ -110,56 +132,129 @@ class TwoWayTask:
     ways: Mapping[Direction, Task]
 
     @property
+    def reference(self) -> str:
+        """What :func:`load_any_task` loads this task by."""
+        return self.name
+
+    @property
+    def device(self) -> torch.device:
+        return self.ways["A"].device
+
+    @property
     def networks(self) -> dict[str, nn.Module]:
         """Agent → dense network, generators first."""
-        return {f"{agent}_{way}": self.ways[way].networks[agent] for agent in AGENTS for way in DIRECTIONS}
+        return by_agent({way: task.networks for way, task in self.ways.items()})
 
     @property
     def images(self) -> UnpairedImages:
         """To train on."""
         return UnpairedImages.of(self.ways["A"].train)
 
+    @property
+    def latency(self) -> dict[str, LatencyTable] | None:
+        """Agent → measured table of its latency, or None."""
+        tables: dict[str, Mapping[str, LatencyTable]] = {
+            way: task.latency for way, task in self.ways.items() if task.latency is not None
+        }
+        return by_agent(tables) if len(tables) == len(self.ways) else None
+
+    def with_latency(self, tables: Mapping[str, LatencyTable] | None = None) -> TwoWayTask:
+        """The same task with latency tables by agent: the given ones, or measured now."""
+        ways = {
+            way: task.with_latency(None if tables is None else share_of(tables, way))
+            for way, task in self.ways.items()
+        }
+        return replace(self, ways=ways)
+
+    def ordered(self) -> dict[str, ElasticNetwork]:
+        """Agent → the dense weights with their channels in order of importance."""
+        return by_agent({way: task.ordered() for way, task in self.ways.items()})
+
+    def shipped_elastic(self) -> dict[str, ElasticNetwork]:
+        """Agent → the elastic weights that come with its direction.
+
+        Raises:
+            UserError: there are none, or they belong to another dense pair.
+        """
+        return by_agent({way: task.shipped_elastic() for way, task in self.ways.items()})
+
     def surrogate(self, cost: CostKind, budgets: Mapping[str, tuple[float, float]]) -> Surrogate | None:
         """Predictions of finetuned results are made for one direction: there are none for both."""
         return None
 
     def scorer(
-        self, cost: CostKind, start: Start = "elastic", *, surrogate: None = None, **more: Any
+        self,
+        cost: CostKind,
+        start: Start = "elastic",
+        *,
+        weights: Mapping[str, ElasticNetwork] | None = None,
+        surrogate: None = None,
+        **more: Any,
     ) -> TwoWayScorer:
         """A scorer on the val images of both directions.
 
         Args:
             cost, start, more: as of :meth:`gan.tasks.Task.scorer`, for each direction.
+            weights: agent → elastic weights; those that come with the directions by default.
             surrogate: None; see :meth:`surrogate`.
         """
-        return TwoWayScorer({way: task.scorer(cost, start, **more) for way, task in self.ways.items()})
-
-    def cut(
-        self, weights: Mapping[Direction, Mapping[str, ElasticNetwork]], plan: Plan
-    ) -> dict[Direction, tuple[nn.Module, nn.Module]]:
-        """Direction → the networks of a plan, cut out for real."""
-        return {way: task.cut(weights[way], part_of(plan, way)) for way, task in self.ways.items()}
+        given = {way: None if weights is None else share_of(weights, way) for way in self.ways}
+        return TwoWayScorer(
+            {way: task.scorer(cost, start, weights=given[way], **more) for way, task in self.ways.items()}
+        )
 
     def finetune(
         self,
-        pairs: Mapping[Direction, tuple[nn.Module, nn.Module]],
+        pairs: Mapping[str, Pair],
         options: CycleOptions,
         on_epoch: Callable[[TrainingProgress], bool | None] | None = None,
-    ) -> dict[Direction, tuple[nn.Module, nn.Module]]:
+        images: int | None = None,
+    ) -> dict[str, Pair]:
         """Train pruned networks of both directions on, each against the other and taught by its dense twin.
+
+        Seeds torch's own generator, which dropout draws from.
 
         Args:
             pairs: direction → (generator, discriminator); copied, not changed.
             options: of the training.
             on_epoch: see :meth:`gan.loop.Trainer.fit`.
+            images: train on so many of each domain, spread evenly; None = all.
         """
         translators = {
             way: Translator(*(trainable_copy(network, options.amp) for network in pairs[way]))
             for way in DIRECTIONS
         }
+        torch.manual_seed(options.seed)
         teachers = {way: task.networks["generator"] for way, task in self.ways.items()}
         trainer = CycleTrainer(translators, options, teachers)
-        return trainer.pairs(trainer.fit(self.images, on_epoch))
+        result = trainer.fit(self.images.take(images), on_epoch)
+        return {str(way): pair for way, pair in trainer.pairs(result).items()}
+
+
+AnyTask = Task | TwoWayTask
+
+
+def cut(task: AnyTask, weights: Mapping[str, ElasticNetwork], plan: Plan) -> dict[str, Pair]:
+    """Direction → the networks of a plan, cut out for real.
+
+    Args:
+        task: with one direction or both.
+        weights: agent → what they are cut from.
+        plan: widths of all of its networks.
+    """
+    return {way: one.cut(share_of(weights, way), part_of(plan, way)) for way, one in task.ways.items()}
+
+
+def direction_of(task: AnyTask, agent: str) -> tuple[Task, str]:
+    """The direction that a network belongs to, and which of its two it is: of ``generator_A`` ``generator``.
+
+    Raises:
+        UserError: the task has no such network.
+    """
+    places = {agent_of(kind, way): (one, kind) for way, one in task.ways.items() for kind in AGENTS}
+    if agent not in places:
+        raise unknown(f"network of {task.name}", agent, places)
+    return places[agent]
 
 
 def load_two_way(name: str, device: str = "cpu") -> TwoWayTask:
@@ -174,3 +269,8 @@ def load_two_way(name: str, device: str = "cpu") -> TwoWayTask:
     if first.back is None or second.back is None:
         raise UserError(f"task {name!r} needs two unpaired directions")
     return TwoWayTask(name, {"A": first, "B": second})
+
+
+def load_any_task(name: str, device: str = "cpu") -> AnyTask:
+    """A task by its name, with one direction or both; see :func:`gan.tasks.load_task`."""
+    return load_two_way(name, device) if name in TWO_WAY_TASKS else load_task(name, device)

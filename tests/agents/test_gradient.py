@@ -15,7 +15,7 @@ from agents.gradient import (
     Gradient,
     GradientOptions,
     build_agents,
-    find_pair,
+    find_pairs,
     find_targets,
     log_ratio,
     prefix_gate,
@@ -91,7 +91,8 @@ def test_the_agents_learn_what_they_are_to(pair: Pair) -> None:
         random = torch.Generator().manual_seed(0)
         agents = build_agents({name: len(groups) for name, groups in pair.groups.items()}, 16, random)
         options = GradientOptions(cost=0.0, learning_rate=0.03)
-        game = Game(find_pair(env, "gradient"), env.scorer.networks, agents, options, random, env.held)
+        pairs = find_pairs(env, "gradient")
+        game = Game(pairs["generator"], env.scorer.networks, agents, options, random, env.held)
         targets = find_targets(env, {"generator": 0.4, "discriminator": 0.5})
         losses = [game.step(targets)[f"{player}_loss"] for _ in range(60)]
         assert np.mean(losses[-20:]) < np.mean(losses[:20])

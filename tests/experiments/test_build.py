@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +14,18 @@ from experiments.build import (
     build_budgets,
     check_reachable,
     finetuning,
+    finetuning_of,
     pick_device,
     prunable,
     smallest_plan,
     with_latency,
 )
+from gan.cyclegan import CycleOptions
+from gan.data import PairedImages
 from gan.errors import UserError
 from gan.latency import measure_latency
 from gan.tasks import AGENTS, load_task
+from tests.gan.test_unpaired import make_task
 
 CPU = torch.device("cpu")
 
@@ -53,6 +58,18 @@ def test_finetuning_is_the_same_for_every_row_but_its_seed() -> None:
     assert finetuning(3, 1, CPU) == finetuning(3, 1, CPU)
     assert finetuning(3, 1, CPU).seed == 1
     assert finetuning(3, 1, CPU, seconds=9.0).seconds == 9.0
+
+
+def test_finetuning_without_pairs_is_that_of_the_task_and_its_images() -> None:
+    task = make_task()
+    options = finetuning_of(task, 3, 1)
+    assert isinstance(options, CycleOptions)
+    assert (options.epochs, options.seed, options.batch_size, options.identity) == (3, 1, 4, 0.5)
+    assert finetuning_of(replace(task, adversarial="hinge"), 3, 1).adversarial == "hinge"
+    large, grey = (torch.zeros(1, *shape, dtype=torch.uint8) for shape in ((3, 256, 256), (1, 256, 256)))
+    options = finetuning_of(replace(task, val=PairedImages(grey, large, ("a",))), 3, 1)
+    assert isinstance(options, CycleOptions)
+    assert (options.batch_size, options.identity) == (1, 0.0)  # no generator takes its targets as inputs
 
 
 def test_devices() -> None:

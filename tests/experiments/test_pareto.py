@@ -70,6 +70,7 @@ def toy_scores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(pareto, "settings_of", lambda *_: Settings("toy", "elastic", 1))
     monkeypatch.setattr(pareto, "run_trials", run_trials)
     monkeypatch.setattr(pareto, "load_task", lambda *_: None)
+    monkeypatch.setattr(pareto, "check_counterparts", lambda *_: None)
     monkeypatch.setattr(pareto, "dense_row", lambda *_: {KID: 0.001, "l1": 0.4})
 
 

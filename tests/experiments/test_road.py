@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import gan.two_way
 from experiments import cli, train_agents
 from experiments.runs import open_run, read_metrics
 from gan.checkpoints import load_network
@@ -266,7 +267,7 @@ def test_missing_and_truncated_weights(
     assets = tmp_path / "assets"
     shutil.copytree(ROOT / "gan" / "assets" / "edges2emoji", assets / "edges2emoji")
     monkeypatch.setattr("gan.tasks.ASSETS", assets)
-    monkeypatch.setattr(train_agents, "load_task", load_task.__wrapped__)  # without the cache
+    monkeypatch.setattr(gan.two_way, "load_task", load_task.__wrapped__)  # without the cache
     for name in ("elastic.safetensors", "generator.safetensors"):
         path = assets / "edges2emoji" / name
         path.write_bytes(path.read_bytes()[:1000])

@@ -5,7 +5,7 @@ import math
 import pytest
 from torch import nn
 
-from experiments import train_agents
+from experiments import road
 from experiments.selection import Verdict
 from gan.tasks import load_task
 
@@ -24,29 +24,26 @@ def test_a_finetuning_that_made_it_worse_is_undone(monkeypatch: pytest.MonkeyPat
     """The start of the longer finetuning is the uniform slice, too."""
     task = load_task("edges2emoji")
     dense = task.networks["generator"], task.networks["discriminator"]
-    raw, spoilt = (nn.Identity(), nn.Identity()), (nn.Identity(), nn.Identity())
-    better, worse, longer = ((nn.Identity(), nn.Identity()) for _ in range(3))
-    pairs = {"dense": dense, "uniform_raw": raw, "pruned_raw": spoilt}
-    pairs |= {"uniform": worse, "pruned": better, "uniform_equal_time": longer}
     figures = {
-        id(dense): 0.1,
-        id(raw): 0.3,
-        id(spoilt): 0.9,
-        id(worse): 0.5,
-        id(better): 0.2,
-        id(longer): 0.4,
+        "uniform_raw": 0.3,
+        "pruned_raw": 0.9,
+        "uniform": 0.5,
+        "pruned": 0.2,
+        "uniform_equal_time": 0.4,
     }
-    kids = {id(pairs[name][0]): figures[id(pairs[name])] for name in pairs}
-    monkeypatch.setattr(
-        train_agents, "measure", lambda _judge, generator: {train_agents.KID: kids[id(generator)]}
-    )
-    verdicts = train_agents.keep_better(task, pairs, task.val.take(8))
+    pairs = {name: (nn.Identity(), nn.Identity()) for name in figures} | {"dense": dense}
+    kids = {id(pairs[name][0]): kid for name, kid in {**figures, "dense": 0.1}.items()}
+    monkeypatch.setattr(road, "validate", lambda _judge, generator: {road.KID: kids[id(generator)]})
+    stages: dict[str, road.Pairs] = {name: {"": pair} for name, pair in pairs.items()}
+    verdicts = road.keep_better(task, stages, 8)
     assert {name: verdict.kept for name, verdict in verdicts.items()} == {
         "uniform": "before",
         "pruned": "after",
         "uniform_equal_time": "before",
     }
-    assert pairs["uniform"] is raw
-    assert pairs["uniform_equal_time"] is raw
-    assert pairs["pruned"] is better
-    assert pairs["dense"] is dense
+    kept = {name: next(key for key in pairs if stages[name][""] is pairs[key]) for name in stages}
+    assert kept == {
+        **{name: name for name in ("dense", "uniform_raw", "pruned_raw", "pruned")},
+        "uniform": "uniform_raw",
+        "uniform_equal_time": "uniform_raw",
+    }

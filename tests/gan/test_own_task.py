@@ -10,9 +10,10 @@ from PIL import Image
 from torch import nn
 
 from gan.checkpoints import state_hash
+from gan.cyclegan import CYCLE_FINETUNING
 from gan.data import PairedImages, to_float
 from gan.errors import UserError
-from gan.folders import load_pairs
+from gan.folders import load_pairs, load_unpaired
 from gan.networks import Architecture, with_image_statistics
 from gan.official import OfficialNetwork, load_official, save_official
 from gan.own_task import (
@@ -222,3 +223,112 @@ def test_the_dense_pair_goes_back_to_where_it_came_from(options, tmp_path):
     own = make_own_task(replace(options, norm_statistics="image"))
     back = load_official(save_official(tmp_path / "back.pth", own.networks["generator"]))
     assert state_hash(back.network) == state_hash(load_official(options.generator).network)
+
+
+@pytest.fixture
+def cycle(tmp_path: Path) -> OwnOptions:
+    """One direction of a CycleGAN of U-Net-16s, and two domains of other names and sizes."""
+    for split, first, second in (("train", 12, 15), ("test", 9, 11)):
+        for n in range(first):
+            save(picture(n, (16, 16)), tmp_path / "beasts" / f"{split}A" / f"horse {n}.png")
+        for n in range(second):
+            save(picture(50 + n, (16, 16)), tmp_path / "beasts" / f"{split}B" / f"zebra {n}.png")
+    for name, state in (("G_A", layout.unet(4, 4)), ("G_B", layout.unet(4, 6))):
+        torch.save(state, tmp_path / f"latest_net_{name}.pth")
+    torch.save(layout.patch(1, 4, came=3), tmp_path / "latest_net_D_A.pth")
+    return OwnOptions(
+        tmp_path / "latest_net_G_A.pth",
+        tmp_path / "latest_net_D_A.pth",
+        tmp_path / "beasts",
+        tmp_path / "latest_net_G_B.pth",
+        val_images=4,
+    )
+
+
+@pytest.fixture
+def images_for_all(monkeypatch):
+    """Splits may be as small as the pictures at hand."""
+    monkeypatch.setattr("gan.folders.FEWEST", 4)
+    monkeypatch.setattr("gan.folders.LEAST_SHARE", 4)
+
+
+def test_a_direction_of_a_cyclegan_needs_no_partners(cycle, images_for_all):
+    own = make_own_task(cycle)
+    assert own.adversarial == "lsgan"
+    assert own.reading.channels == (3, 3)
+    train, val, test, notes = own.images
+    assert not any(images.partners for images in (train, val, test))
+    # 4 training images of either domain are for choices; to be measured on, no image is there twice
+    assert [len(images) for images in (train, val, test)] == [11, 4, 9]
+    assert len({tuple(image.flatten().tolist()) for image in test.targets}) == 9
+    assert "horse" in test.names[0]
+    assert "zebra" in test.names[0]
+    assert any(note.startswith("test has 9 and 11 images: 9 of either") for note in notes)
+    text = "\n".join(own.notes)
+    assert "way back: unet_16, ngf 6" in text
+    assert "norm statistics: image, as the repository's test.py runs it" in text
+
+
+def test_a_folder_keeps_the_way_back(cycle, images_for_all, tmp_path):
+    own = make_own_task(cycle)
+    folder = save_own_task(tmp_path / "task", own)
+    for path in (cycle.generator, cycle.discriminator, cycle.back):
+        path.unlink()
+    back = load_own_task(folder)
+    assert state_hash(back.back[0]) == state_hash(own.back[0])
+    assert back.back[1] == own.back[1]
+    assert torch.equal(back.images.test.targets, own.images.test.targets)
+    task = own_task(back, folder=folder)
+    assert not any(parameter.requires_grad for parameter in task.back.parameters())
+    assert task.example("discriminator").shape == (1, 3, 16, 16)
+    assert not task.test.partners
+    pair = task.networks["generator"], task.networks["discriminator"]
+    trainer = task.finetuner(*pair, pair[0], replace(CYCLE_FINETUNING, epochs=1))
+    told = []
+    trainer.fit(task.train, lambda progress: told.append(progress.losses))
+    assert {"cycle", "cycle back", "identity", "adversarial", "distillation"} <= set(told[0])
+    assert len(trainer.cycle.learners["A"].pool.images) == 8  # 2 steps of 4
+
+
+def test_another_image_of_the_target_domain_is_noticed(cycle, images_for_all, tmp_path):
+    folder = save_own_task(tmp_path / "task", make_own_task(cycle))
+    (cycle.data / "trainB" / "zebra 3.png").rename(cycle.data / "trainB" / "zebra 99.png")
+    load_unpaired.cache_clear()
+    with pytest.raises(UserError, match=r"are not those that .* was made from"):
+        load_own_task(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"back": None}, r"unpaired work needs the generator of the way back: --back"),
+        ({"back": Path("nowhere.pth")}, r"nowhere\.pth does not exist"),
+        ({"back": "discriminator"}, "--back holds the discriminator 'n_layers'"),
+    ],
+)
+def test_ways_back_that_are_none(cycle, images_for_all, changes, sentence):
+    changes = {
+        name: getattr(cycle, value) if isinstance(value, str) else value for name, value in changes.items()
+    }
+    with pytest.raises(UserError, match=sentence):
+        make_own_task(replace(cycle, **changes))
+
+
+def test_a_way_back_of_other_channels_or_a_discriminator_of_pairs(cycle, images_for_all, tmp_path):
+    torch.save(layout.unet(4, 4, came=1), cycle.back)
+    with pytest.raises(UserError, match=r"--back makes 3 channels of 1; .* must make 3 of 3"):
+        make_own_task(cycle)
+    torch.save(layout.unet(4, 4), cycle.back)
+    torch.save(layout.patch(1, 4), cycle.discriminator)
+    with pytest.raises(UserError, match=r"trained on pairs \(Pix2Pix\); leave out --back"):
+        make_own_task(cycle)
+
+
+def test_paired_work_on_images_without_partners_is_told_of_the_way_back(cycle, options):
+    with pytest.raises(UserError, match=r"under one file name, unpaired work \(CycleGAN\) .*: --back"):
+        make_own_task(replace(options, data=cycle.data))
+    for split in ("train", "test"):
+        for n in range(9):
+            save(picture(n, (16, 16)), cycle.data / f"{split}B" / f"horse {n}.png")
+    with pytest.raises(UserError, match=r"no partner.* skip; images without partners need --back"):
+        make_own_task(replace(options, data=cycle.data))

@@ -13,13 +13,12 @@ from gan.errors import UserError
 from gan.loop import TrainingProgress
 from gan.plans import Plan
 from gan.tasks import Task
-from gan.two_way import FOUR_AGENTS, TwoWayTask, joined, load_two_way, part_of
+from gan.two_way import FOUR_AGENTS, TwoWayTask, cut, joined, load_two_way, part_of
 from tests.gan.conftest import fake_extractor
 from tests.gan.test_unpaired import DENSE, SMALL, make_task
 
 
-@pytest.fixture(scope="session")
-def _both() -> TwoWayTask:
+def make_both() -> TwoWayTask:
     first = make_task()
     second = replace(
         make_task(4),
@@ -28,6 +27,11 @@ def _both() -> TwoWayTask:
         back=first.networks["generator"],
     )
     return TwoWayTask("tiny", {"A": replace(first, back=second.networks["generator"]), "B": second})
+
+
+@pytest.fixture(scope="session")
+def _both() -> TwoWayTask:
+    return make_both()
 
 
 @pytest.fixture
@@ -63,8 +67,7 @@ def test_gaps_are_means_over_both_directions(both: TwoWayTask) -> None:
 
 
 def test_both_directions_are_cut_and_finetuned_together(both: TwoWayTask) -> None:
-    weights: dict[Direction, object] = {way: task.ordered() for way, task in both.ways.items()}
-    raw = both.cut(weights, joined({"A": SMALL, "B": SMALL}))  # type: ignore[arg-type]
+    raw = cut(both, both.ordered(), joined({"A": SMALL, "B": SMALL}))
     before = [state_hash(network) for pair in raw.values() for network in pair]
     dense = [state_hash(network) for network in both.networks.values()]
     told: list[TrainingProgress] = []

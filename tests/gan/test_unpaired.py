@@ -19,13 +19,21 @@ from gan.errors import UserError
 from gan.evaluation import COLUMNS, Judge
 from gan.groups import find_groups
 from gan.losses import condition_of, paired_input
-from gan.networks import initialise
+from gan.networks import Architecture, initialise
 from gan.norm_statistics import recompute_statistics
 from gan.plans import Plan
 from gan.scoring import Yardstick, run_batched
 from gan.tasks import TASKS, UNPAIRED_TASKS, Task, load_task
 from gan.training import FINETUNING, Lessons, PairedTrainer
-from tests.gan.conftest import fake_extractor, random, tiny_discriminator, tiny_generator, tiny_pairs
+from tests.gan.conftest import (
+    DISCRIMINATOR_WIDTHS,
+    GENERATOR_WIDTHS,
+    fake_extractor,
+    random,
+    tiny_discriminator,
+    tiny_generator,
+    tiny_pairs,
+)
 
 DENSE = Plan.of({"generator": (8, 12, 16, 12, 8), "discriminator": (8, 12)}, "l1")
 SMALL = Plan.of({"generator": (4, 8, 8, 4, 4), "discriminator": (4, 6)}, "l1")
@@ -38,7 +46,7 @@ def drawn(count: int, seed: int) -> PairedImages:
 
 def make_task(seed: int = 0) -> Task:
     """One direction of a tiny translator, BatchNorm statistics those of its full-width slices."""
-    train, val, test = (drawn(12, seed) for seed in (1, 0, 2))
+    train, val = (drawn(12, seed) for seed in (1, 0))
     generator, back, discriminator = (
         tiny_generator(seed),
         tiny_generator(seed + 3),
@@ -54,11 +62,16 @@ def make_task(seed: int = 0) -> Task:
     return Task(
         name="tiny",
         networks=networks,
-        architectures={},
+        architectures={
+            "generator": Architecture("unet_8", base_width=8, widths=GENERATOR_WIDTHS),
+            "discriminator": Architecture(
+                "n_layers", 3, 1, base_width=8, layers=1, widths=DISCRIMINATOR_WIDTHS
+            ),
+        },
         groups={agent: find_groups(network, [inputs[:1]]) for agent, network in networks.items()},
         train=train,
         val=val,
-        test=test,
+        test=tiny_pairs(12, seed=2),
         multiples={"generator": 4, "discriminator": 2},
         elastic_path=None,
         adversarial="lsgan",
@@ -171,6 +184,15 @@ def test_the_row_of_figures_counts_the_discriminator_with_what_it_sees(task: Tas
     assert row["discriminator_macs"] == macs
 
 
+def test_without_counterparts_nothing_is_held_against_them(task: Task) -> None:
+    pair = task.networks["generator"], task.networks["discriminator"]
+    assert task.test.partners
+    assert not any(images.partners for images in (task.train, task.val, task.val.take(3), task.val.swapped()))
+    row = Judge.build(*pair, task.val, fake_extractor()).row(*pair)
+    assert set(COLUMNS) - set(row) == {"l1", "psnr"}
+    assert row["n_images"] == 24
+
+
 @pytest.fixture
 def assets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Both ways of the unpaired task, narrow and with random weights."""
@@ -191,7 +213,7 @@ def test_both_ways_of_one_translator_are_tasks(assets: Path) -> None:
     for task, other in ((there, back), (back, there)):
         assert state_hash(task.back) == state_hash(other.networks["generator"])
         assert not any(p.requires_grad for p in task.back.parameters())
-        assert task.adversarial == "lsgan"
+        assert task.adversarial == "vanilla"
         assert task.networks["discriminator"](task.example("discriminator")).shape == (1, 1, 14, 14)
     truth = embedded_pairs("noto2twemoji", "test")
     assert torch.equal(there.test.inputs, truth.inputs)
@@ -219,3 +241,23 @@ def test_unknown_tasks_name_the_unpaired_ones_too() -> None:
     with pytest.raises(UserError, match="did you mean 'twemoji2noto'"):
         load_task("twemoji2notto")
     assert not set(TASKS) & set(UNPAIRED_TASKS)
+
+
+def test_missing_networks_are_named_with_the_command_that_makes_them(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gan.tasks, "ASSETS", tmp_path)
+    for name in ("noto2twemoji", "twemoji2noto"):
+        with pytest.raises(UserError, match=r"pretrain_gan\.py --task noto2twemoji --output /"):
+            load_task.__wrapped__(name)
+
+
+def test_missing_elastic_weights_are_named_with_the_command_that_makes_them(assets: Path) -> None:
+    task = load_task.__wrapped__("twemoji2noto")
+    with pytest.raises(UserError, match=r"train_elastic\.py --task twemoji2noto --output .*/elastic_B\.safe"):
+        task.shipped_elastic()
+
+
+def test_a_pair_is_asked_of_four_networks() -> None:
+    with pytest.raises(UserError, match="takes one pair: name a direction, noto2twemoji or twemoji2noto"):
+        load_task("noto_and_twemoji")
