@@ -234,6 +234,8 @@ def test_readme_train_commands(work: Path, tmp_path: Path, arguments: list[str])
         (tmp_path / arguments[-1] / "evaluation.json").unlink()
     elif "--quick" not in arguments:
         arguments = [*arguments, "--quick"]
+    if "--from" in arguments:
+        shutil.copytree(work / RUN, tmp_path / arguments[arguments.index("--from") + 1])
     done = call(tmp_path, "train_agents.py", *arguments)
     assert done.returncode == 0, done.stderr
 
