@@ -34,6 +34,7 @@ from gan.gates import Differentiable, Directed, GatedPair
 from gan.losses import discriminator_loss, generator_loss, paired_input
 from gan.plans import Plan
 from gan.runtime import bfloat16_pays
+from gan.two_way import agent_of
 
 WEIGHTS = "agents.safetensors"
 """Both agents' tensors, in an agent's folder."""
@@ -401,7 +402,7 @@ def find_pairs(env: PruningEnv, name: str) -> dict[str, GatedPair]:
                 f"{name!r} sends gradients through the networks, and {type(one).__name__} has none: take a "
                 "task with networks, or another learner"
             )
-        pairs[f"generator_{way}" if way else "generator"] = one.gated()
+        pairs[agent_of("generator", way)] = one.gated()
     return pairs
 
 

@@ -324,15 +324,16 @@ def keep_better(task: AnyTask, stages: dict[str, Pairs], images: int | None) -> 
     """
     verdicts = {}
     extractor = load_extractor(device=task.device)
+    starts = {name: f"{name}_raw" for name in FINETUNED} | {EQUAL_TIME: "uniform_raw"}
+    starts = {name: start for name, start in starts.items() if name in stages}
     for way, one in task.ways.items():
         judge = Judge.build(*stages["dense"][way], one.val.take(images), extractor)
-        measured = {name: validate(judge, pairs[way][0])[KID] for name, pairs in stages.items()}
-        for name in stages:
-            start = "uniform_raw" if name == EQUAL_TIME else f"{name}_raw"
-            if start in stages:
-                verdict = verdicts[row_name(name, way)] = Verdict(measured[start], measured[name])
-                if verdict.kept == "before":
-                    stages[name] = {**stages[name], way: stages[start][way]}
+        looked_at = dict.fromkeys((*starts, *starts.values()))
+        measured = {name: validate(judge, stages[name][way][0])[KID] for name in looked_at}
+        for name, start in starts.items():
+            verdict = verdicts[row_name(name, way)] = Verdict(measured[start], measured[name])
+            if verdict.kept == "before":
+                stages[name] = {**stages[name], way: stages[start][way]}
     return verdicts
 
 

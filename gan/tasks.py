@@ -462,7 +462,7 @@ def load_task(name: str = "edges2emoji", device: str = "cpu") -> Task:
         MULTIPLES,
         found,
         surrogate if surrogate.is_file() else None,
-        adversarial="vanilla",
+        adversarial="vanilla" if back is None else "lsgan",
         weight_files=files,
         back=back,
     )

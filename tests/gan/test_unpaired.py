@@ -213,7 +213,7 @@ def test_both_ways_of_one_translator_are_tasks(assets: Path) -> None:
     for task, other in ((there, back), (back, there)):
         assert state_hash(task.back) == state_hash(other.networks["generator"])
         assert not any(p.requires_grad for p in task.back.parameters())
-        assert task.adversarial == "vanilla"
+        assert task.adversarial == "lsgan"
         assert task.networks["discriminator"](task.example("discriminator")).shape == (1, 1, 14, 14)
     truth = embedded_pairs("noto2twemoji", "test")
     assert torch.equal(there.test.inputs, truth.inputs)
