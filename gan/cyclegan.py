@@ -57,6 +57,9 @@ class CycleOptions(LoopOptions):
     """Weight of the distance between a target image and its own translation, as a share of that."""
     pool: int = 50
     """Made images that the discriminators are shown again; 0 shows them the newest only."""
+    discriminator_batches: int = 1
+    """Batches that the discriminators learn from for each that the generators learn from. Discriminators that
+    lag behind let grain and haloes pass, and those pay: they hide what closes the cycle."""
 
 
 SLOPE = 1.6
@@ -240,10 +243,17 @@ class CycleTrainer(Trainer[UnpairedImages, tuple[Tensor, Tensor], dict[Direction
         """One update of all networks that learn; returns the losses (0-d tensors).
 
         Args:
-            first, second: images of the domains A and B, (N, 3, H, W) in [−1, 1].
+            first, second: images of the domains A and B, (N, 3, H, W) in [−1, 1]; the generators learn from
+                the first of ``discriminator_batches`` equal parts, the discriminators from all of them.
             learning_rate: of the generators.
         """
         options = self.options
+        parts = zip(
+            first.chunk(options.discriminator_batches),
+            second.chunk(options.discriminator_batches),
+            strict=True,
+        )
+        first, second = next(parts)
         sources: dict[Direction, Tensor] = {"A": first, "B": second}
         targets: dict[Direction, Tensor] = {"A": second, "B": first}
         made = {direction: self._translate(direction, source) for direction, source in sources.items()}
@@ -271,28 +281,50 @@ class CycleTrainer(Trainer[UnpairedImages, tuple[Tensor, Tensor], dict[Direction
         for learner in self.learners.values():
             learner.optimizer.zero_grad(set_to_none=True)
         total.backward()  # type: ignore[no-untyped-call]
-        margins = []
-        for direction, learner in self.learners.items():
+        for learner in self.learners.values():
             set_rate(learner.optimizer, learning_rate)
             learner.optimizer.step()
             average_into(learner.averaged, learner.generator, options.ema, self.steps)
-            earlier = learner.pool.exchange(made[direction])
-            rate = learning_rate * options.discriminator_rate
-            lost, margin = learner.critic.learn(None, targets[direction], earlier, rate)
-            losses[f"discriminator {direction}"] = lost
-            margins.append(margin)
-        self.margins.append(torch.stack(margins).mean())
+        found = [self._judge(made, targets, learning_rate)]
+        for more_first, more_second in parts:
+            with torch.no_grad():
+                made = {
+                    direction: self._translate(direction, source)
+                    for direction, source in zip(DIRECTIONS, (more_first, more_second), strict=True)
+                    if direction in self.learners
+                }
+            found.append(self._judge(made, {"A": more_second, "B": more_first}, learning_rate))
+        for direction in self.learners:
+            losses[f"discriminator {direction}"] = torch.stack([lost[direction] for lost, _ in found]).mean()
+        self.margins.append(torch.stack([margin for _, margin in found]).mean())
         return losses
+
+    def _judge(
+        self, made: Mapping[Direction, Tensor], real: Mapping[Direction, Tensor], learning_rate: float
+    ) -> tuple[dict[Direction, Tensor], Tensor]:
+        """One update of every discriminator; returns their losses, and the mean of their margins (0-d)."""
+        lost, margins = {}, []
+        for direction, learner in self.learners.items():
+            shown = learner.pool.exchange(made[direction])
+            rate = learning_rate * self.options.discriminator_rate
+            lost[direction], margin = learner.critic.learn(None, real[direction], shown, rate)
+            margins.append(margin)
+        return lost, torch.stack(margins).mean()
 
     def _translate(self, direction: Direction, images: Tensor) -> Tensor:
         return run_network(self.generators[direction], images, self.options.amp)
 
     def _steps_per_epoch(self, images: UnpairedImages) -> int:
-        size = min(self.options.batch_size, len(images.first), len(images.second))
+        size = min(self._shown, len(images.first), len(images.second))
         return max(1, len(images) // size)
 
+    @property
+    def _shown(self) -> int:
+        """Images of each domain that a step is given."""
+        return self.options.batch_size * self.options.discriminator_batches
+
     def _epoch(self, images: UnpairedImages) -> Iterator[tuple[Tensor, Tensor]]:
-        yield from unpaired_batches(images, self.options.batch_size, self.random, self.options.shift)
+        yield from unpaired_batches(images, self._shown, self.random, self.options.shift)
 
     def _learn(self, batch: tuple[Tensor, Tensor], rate: float) -> dict[str, Tensor]:
         first, second = batch

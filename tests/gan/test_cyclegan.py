@@ -23,7 +23,7 @@ from gan.cyclegan import (
     cycle_finetuner,
     start_as_identity,
 )
-from gan.data import UnpairedImages, embedded_pairs
+from gan.data import UnpairedImages, embedded_pairs, to_float
 from gan.loop import TrainingProgress
 from gan.networks import Architecture, initialise
 from tests.gan.conftest import SIZE, random, tiny_discriminator, tiny_generator, tiny_pairs
@@ -127,6 +127,19 @@ def test_without_identity_and_teachers_their_losses_are_left_out() -> None:
     trainer(replace(OPTIONS, epochs=1, identity=0.0)).fit(images(), told.append)
     kinds = {name.split()[0] for name in told[0].losses}
     assert kinds == {"cycle", "adversarial", "discriminator"}
+
+
+def test_discriminators_may_learn_from_more_batches_than_generators() -> None:
+    """What the generators learn from is the first part alone; the discriminators go on."""
+    one, two = trainer(), trainer(replace(OPTIONS, discriminator_batches=2))
+    pairs = images(8)
+    first, second = (to_float(torch.as_tensor(domain)) for domain in (pairs.first, pairs.second))
+    few, many = one.step(first[:4], second[:4], 2e-3), two.step(first, second, 2e-3)
+    for name in ("cycle A", "adversarial A", "identity B"):
+        torch.testing.assert_close(few[name], many[name])
+    assert few["discriminator A"] != many["discriminator A"]
+    assert [t.learners["A"].critic.steps for t in (one, two)] == [1, 2]
+    assert one._steps_per_epoch(images(16, 16)) == 2 * two._steps_per_epoch(images(16, 16))
 
 
 def test_training_lets_the_two_undo_each_other() -> None:
