@@ -23,6 +23,12 @@ EXAMPLES = (
         "what was inferred is printed",
     ),
     ("python experiments/evaluate.py --task tasks/facades --start dense", "then: any program"),
+    (
+        "python experiments/make_task.py --generator latest_net_G_A.pth --discriminator latest_net_D_A.pth "
+        "--back latest_net_G_B.pth --back-discriminator latest_net_D_B.pth --data horse2zebra "
+        "--output tasks/horse2zebra",
+        "both directions of a CycleGAN",
+    ),
 )
 
 

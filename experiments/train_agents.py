@@ -77,7 +77,7 @@ class Options:
 
     task: str = "edges2emoji"
     """Embedded task: edges2emoji (a U-Net), edges2emoji_resnet; without pairs noto2twemoji, twemoji2noto, or
-    noto_and_twemoji for both of them at once; or the folder of one of your own."""
+    noto_and_twemoji for both of them at once; or the folder of one of your own, of one direction or both."""
     own: Annotated[OwnOptions, OmitArgPrefixes] = field(default_factory=OwnOptions)
     """Your own networks and images, instead of --task."""
     algo: str = "mappo"
