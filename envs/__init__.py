@@ -54,7 +54,8 @@ def make_env(
     """A ready environment for a named task.
 
     Args:
-        task: name of a task; ``noto_and_twemoji`` prunes both directions of a translator, with four agents.
+        task: name of a task, or the folder of one of your own; ``noto_and_twemoji``, or a folder of both
+            directions of a translator, is pruned by four agents.
         budget: keep ratio of the cost: ``"0.1"`` or 0.1 (the generators'), ``"0.05:0.5"`` (drawn per
             episode), ``"generator=0.1,discriminator=0.5"`` or a mapping. Default: 0.10 of generators, 0.50 of
             discriminators.
@@ -93,9 +94,9 @@ def make_env(
 
 def _load(task: str) -> Any:
     """A named task, of one pair or of both directions of a translator."""
-    from gan.cyclegan import TWO_WAY_TASKS  # torch is slow to load: only who wants a real task pays for it
+    from gan.task_folder import find_both  # torch is slow to load: only who wants a real task pays for it
 
-    if task in TWO_WAY_TASKS:
+    if find_both(task) is not None:
         from gan.two_way import load_two_way
 
         return load_two_way(task)

@@ -25,12 +25,12 @@ from gan.elastic import ElasticNetwork, ElasticOptions, train_elastic
 from gan.errors import UserError
 from gan.evaluations import CountedScorer, EvaluationLog, PlanScorer, PrunableNetwork
 from gan.latency import read_latency, write_latency
-from gan.own_task import image_recipe
 from gan.plans import Plan
 from gan.runtime import bfloat16_pays
+from gan.task_folder import image_recipe
 from gan.tasks import AGENTS, STATISTICS_IMAGES, Task
 from gan.training import FINETUNING, TrainingOptions
-from gan.two_way import AnyTask, agent_of, by_agent
+from gan.two_way import AnyTask, agent_of, by_agent, share_of
 
 TaskT = TypeVar("TaskT", bound=AnyTask)
 WARM_UP_STEPS = 150, 1200
@@ -175,23 +175,26 @@ def elastic_options(task: Task, steps: int, seed: int) -> ElasticOptions:
     return ElasticOptions(steps=steps, seed=seed, batch_size=batch_size(task))
 
 
-def usual_warm_up(task: Task, budgets: dict[str, Budget], cost: str) -> tuple[int, str]:
+def usual_warm_up(task: AnyTask, budgets: dict[str, Budget], cost: str) -> tuple[int, str]:
     """Steps of the warm-up where the task comes without elastic weights, and a sentence on their time.
 
-    As many as ``WARM_UP_MINUTES`` allow on this machine, by the clock of one step, but neither fewer nor more
-    than ``WARM_UP_STEPS``.
+    As many as ``WARM_UP_MINUTES`` allow on this machine for all directions together, by the clock of one step
+    of each, but neither fewer nor more than ``WARM_UP_STEPS``.
     """
-    clock: list[float] = []
-    options = elastic_options(task, 2, 0)
-    warm_up(task, budgets, cost, options, lambda *_: clock.append(time.perf_counter()))
-    seconds = clock[1] - clock[0]  # the first one also prepares kernels
+    seconds = sum(_step_seconds(one, share_of(budgets, way), cost) for way, one in task.ways.items())
     fewest, most = WARM_UP_STEPS
     steps = max(fewest, min(most, 10 * int(6 * WARM_UP_MINUTES / seconds)))
     minutes = steps * seconds / 60
     return steps, (
-        f"elastic warm-up of {steps} steps, about {minutes:.0f} min on this machine; --warm-up N takes "
-        "another number"
+        f"elastic warm-up of {steps} steps{' for each direction' if len(task.ways) > 1 else ''}, about "
+        f"{minutes:.0f} min on this machine; --warm-up N takes another number"
     )
+
+
+def _step_seconds(task: Task, budgets: dict[str, Budget], cost: str) -> float:
+    clock: list[float] = []
+    warm_up(task, budgets, cost, elastic_options(task, 2, 0), lambda *_: clock.append(time.perf_counter()))
+    return clock[1] - clock[0]  # the first one also prepares kernels
 
 
 def build_env(

@@ -11,8 +11,10 @@ from tyro.conf import OmitArgPrefixes
 from experiments import cli
 from experiments.build import pick_device
 from gan.errors import UserError
-from gan.own_task import OwnOptions, make_own_task, save_own_task
-from gan.tasks import own_task
+from gan.own_task import OwnOptions
+from gan.own_two_way import make_own
+from gan.task_folder import find_both, save_own
+from gan.two_way import by_agent, own_any_task
 
 EXAMPLES = (
     (
@@ -21,6 +23,12 @@ EXAMPLES = (
         "what was inferred is printed",
     ),
     ("python experiments/evaluate.py --task tasks/facades --start dense", "then: any program"),
+    (
+        "python experiments/make_task.py --generator latest_net_G_A.pth --discriminator latest_net_D_A.pth "
+        "--back latest_net_G_B.pth --back-discriminator latest_net_D_B.pth --data horse2zebra "
+        "--output tasks/horse2zebra",
+        "both directions of a CycleGAN",
+    ),
 )
 
 
@@ -40,13 +48,16 @@ def main(options: Options) -> None:
     """Infer, check, choose, write."""
     if options.output.exists():
         raise UserError(f"--output {options.output} exists; name a new folder")
-    own = make_own_task(options.own, pick_device(options.device))
-    task = own_task(own)  # finds the channel groups, or says which layer is in their way
+    own = make_own(options.own, pick_device(options.device))
+    task = own_any_task(own)  # finds the channel groups, or says which layer is in their way
     print("\n".join(own.notes))
-    for agent, groups in task.groups.items():
-        print(f"{agent}: {len(groups)} channel groups, widths are multiples of {task.multiples[agent]}")
-    save_own_task(options.output, own)
+    multiples = by_agent({way: one.multiples for way, one in task.ways.items()})
+    for agent, groups in by_agent({way: one.groups for way, one in task.ways.items()}).items():
+        print(f"{agent}: {len(groups)} channel groups, widths are multiples of {multiples[agent]}")
+    save_own(options.output, own)
     print(f"{options.output}: use it with --task {options.output}")
+    if both := find_both(str(options.output)):
+        print(f"one direction alone: --task {' or --task '.join(both.ways)}")
 
 
 if __name__ == "__main__":

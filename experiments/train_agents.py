@@ -36,9 +36,10 @@ from experiments.runs import (
 from experiments.transfer import adopt, find_policy, read_target
 from gan.distillation import Ingredients
 from gan.errors import UserError
-from gan.own_task import OwnOptions, OwnTask, make_own_task, save_own_task
-from gan.tasks import own_task
-from gan.two_way import AnyTask, TwoWayTask, load_any_task
+from gan.own_task import OwnOptions
+from gan.own_two_way import AnyOwn, make_own
+from gan.task_folder import save_own
+from gan.two_way import AnyTask, load_any_task, own_any_task
 
 DESCRIPTION = """Prunes a pretrained generator and its discriminator with cooperative RL agents, finetunes
 the smaller pair and compares it with the usual ways. Everything goes to a run folder."""
@@ -57,7 +58,13 @@ EXAMPLES = (
         "--discriminator latest_net_D_A.pth --back latest_net_G_B.pth --data horse2zebra",
         "one direction of your own CycleGAN",
     ),
-    ("python experiments/train_agents.py --task noto_and_twemoji", "both directions of a CycleGAN at once"),
+    (
+        "python experiments/train_agents.py --generator latest_net_G_A.pth "
+        "--discriminator latest_net_D_A.pth --back latest_net_G_B.pth "
+        "--back-discriminator latest_net_D_B.pth --data horse2zebra",
+        "both directions of it at once",
+    ),
+    ("python experiments/train_agents.py --task noto_and_twemoji", "the same, of an embedded one"),
     ("python experiments/train_agents.py --budget 0.05:0.5", "one policy for every budget; see pareto.py"),
     ("python experiments/train_agents.py --from runs/OTHER", "begin with the policy of another run"),
     ("python experiments/train_agents.py --resume runs/NAME", "go on with an interrupted run"),
@@ -70,7 +77,7 @@ class Options:
 
     task: str = "edges2emoji"
     """Embedded task: edges2emoji (a U-Net), edges2emoji_resnet; without pairs noto2twemoji, twemoji2noto, or
-    noto_and_twemoji for both of them at once; or the folder of one of your own."""
+    noto_and_twemoji for both of them at once; or the folder of one of your own, of one direction or both."""
     own: Annotated[OwnOptions, OmitArgPrefixes] = field(default_factory=OwnOptions)
     """Your own networks and images, instead of --task."""
     algo: str = "mappo"
@@ -165,8 +172,8 @@ def open_folder(options: Options) -> tuple[Options, RunFolder]:
         asked = plain(replace(options, task=task.reference))
         target = read_target(options.reference, asked)
     folder = create_run(task.name, options.algo, options.seed, options.output)
-    if own is not None and not isinstance(task, TwoWayTask):
-        task = replace(task, folder=save_own_task(folder.task, own).resolve())
+    if own is not None:
+        task = replace(task, folder=save_own(folder.task, own).resolve())
     options = replace(options, task=task.reference)
     about: dict[str, Any] = {"device": str(task.device), "threads": torch.get_num_threads(), "notes": notes}
     if policy is not None:
@@ -180,7 +187,7 @@ def open_folder(options: Options) -> tuple[Options, RunFolder]:
     return options, folder
 
 
-def open_task(options: Options) -> tuple[OwnTask | None, AnyTask]:
+def open_task(options: Options) -> tuple[AnyOwn | None, AnyTask]:
     """The named task, or one made from the user's own networks and images, which is not written yet.
 
     Raises:
@@ -191,13 +198,13 @@ def open_task(options: Options) -> tuple[OwnTask | None, AnyTask]:
         return None, load_any_task(options.task, device)
     if options.task != Options.task:
         raise UserError("--task and networks of your own exclude each other; leave one of them out")
-    own = make_own_task(options.own, device)
-    return own, own_task(own, device)
+    own = make_own(options.own, device)
+    return own, own_any_task(own, device)
 
 
 def first_warm_up(options: Options, task: AnyTask, budgets: dict[str, Budget]) -> tuple[int, list[str]]:
     """Steps of the run's own warm-up by default, and what to say of them."""
-    if isinstance(task, TwoWayTask) or options.start == "dense" or task.elastic_path is not None:
+    if options.start == "dense" or all(one.elastic_path is not None for one in task.ways.values()):
         return 0, []
     if not options.own.given and task.folder is None:  # an embedded task without its weights is refused
         return 0, []

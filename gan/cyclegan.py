@@ -37,6 +37,11 @@ TWO_WAY_TASKS: dict[str, tuple[str, str]] = {"noto_and_twemoji": ("noto2twemoji"
 """Embedded task of four networks → the tasks of its directions A and B; see ``gan.two_way``."""
 
 
+def agent_of(kind: str, way: str) -> str:
+    """``generator_A`` of the direction A; ``generator`` of the only direction, ``""``."""
+    return f"{kind}_{way}" if way else kind
+
+
 @dataclass(frozen=True)
 class CycleOptions(LoopOptions):
     """Options of unpaired training; the defaults are those of CycleGAN (Zhu et al. 2017) where it has any."""

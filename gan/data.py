@@ -115,9 +115,14 @@ class UnpairedImages:
 
         For what needs rows: margins, statistics, the warm-up. The names are those of the first domain.
         """
-        first, second = (torch.arange(len(self)) % len(images) for images in (self.first, self.second))
-        names = tuple(self.first_names[i] for i in first.tolist())
-        return PairedImages(self.first[first], self.second[second], names, partners=False)
+        rows = torch.arange(len(self))
+        names = tuple(self.first_names[i] for i in (rows % len(self.first)).tolist())
+        # The larger domain is taken as it is: images may fill gigabytes.
+        first, second = (
+            images if len(images) == len(self) else images[rows % len(images)]
+            for images in (self.first, self.second)
+        )
+        return PairedImages(first, second, names, partners=False)
 
     @classmethod
     def of(cls, pairs: PairedImages) -> UnpairedImages:

@@ -148,6 +148,11 @@ class Reading:
         if self.memory_gb <= 0:
             raise UserError(f"--memory-gb is {self.memory_gb}; it must be above 0")
 
+    def reversed(self) -> Reading:
+        """The same images for the way back: what was a target is an input."""
+        direction: Direction = "BtoA" if self.direction == "AtoB" else "AtoB"
+        return replace(self, direction=direction, channels=(self.channels[1], self.channels[0]))
+
 
 class PairedSplits(NamedTuple):
     """A paired folder.
@@ -494,6 +499,8 @@ def reading_of(reading: Reading, split: Split) -> Reading:
 def load_unpaired(folder: Path, reading: Reading) -> UnpairedSplits:
     """Read an unaligned folder for unpaired work; remembered. See :func:`load_pairs`.
 
+    Both directions share the images in memory.
+
     Raises:
         UserError: another layout, an empty or one-sided folder, unusable images that are to be refused, too
             much for the memory.
@@ -501,7 +508,11 @@ def load_unpaired(folder: Path, reading: Reading) -> UnpairedSplits:
     reading.check()
     if layout(folder) != "unaligned":
         raise UserError(f"{folder} holds pairs; unpaired work needs trainA/ and trainB/")
-    sides = ("A", "B") if reading.direction == "AtoB" else ("B", "A")
+    if reading.direction == "BtoA":
+        there = load_unpaired(folder, reading.reversed())
+        train, val, test = (images.swapped() for images in there[:3])
+        return UnpairedSplits(train, val, test, there.notes)
+    sides = ("A", "B")
     notes: list[str] = []
     domains = []
     for side in sides:

@@ -1,27 +1,26 @@
-"""A user's own pair of checkpoints and folder of images: made from options once, then a folder that says all.
+"""A user's own pair of checkpoints and folder of images: read, checked, and what is left open chosen.
 
-A task folder holds ``task.json`` and both dense networks with their recipes, so that a run does not depend
-on ``latest_net_G.pth``, which the next training overwrites. Images stay where they are.
+A pair is made from options once; then it is a folder that says all (``gan.task_folder``). Both directions of
+a CycleGAN are two such pairs (``gan.own_two_way``).
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import nn
 
-from gan.checkpoints import load_network, load_tensors, save_network
+from gan.checkpoints import load_tensors
 from gan.cost import build_cost_model, published_macs
+from gan.cyclegan import agent_of
 from gan.data import PairedImages, to_float
 from gan.errors import UserError, unknown
 from gan.factories import example_inputs, first_channels, is_factory, make_network
-from gan.files import file_hash, write_json
+from gan.files import file_hash
 from gan.folders import (
     Direction,
     OddImages,
@@ -38,9 +37,6 @@ from gan.official import OfficialNetwork, check_pair, load_official, read_state
 from gan.trial_cuts import run, shapes_of, tried_groups
 
 AGENTS = ("generator", "discriminator")
-TASK_FILE = "task.json"
-BACK = "back.safetensors"
-"""File of the generator of the way back, in a task folder."""
 USUAL_SIZE = 256
 """Crop in pixels for generators that take any size."""
 JUDGED = 32
@@ -59,7 +55,11 @@ class OwnOptions:
     """Folder of images: train/ val/ test/ with A|B side by side, or trainA/ trainB/ testA/ testB/."""
     back: Path | None = None
     """CycleGAN: the generator of the way back, such as latest_net_G_B.pth beside latest_net_G_A.pth and
-    latest_net_D_A.pth. It stays as it is and closes the cycle; the images of --data need no partners then."""
+    latest_net_D_A.pth. Alone it stays as it is and closes the cycle; the images of --data need no partners
+    then."""
+    back_discriminator: Path | None = None
+    """With --back: the discriminator of the way back too, such as latest_net_D_B.pth. Both directions are
+    pruned together then, by four agents."""
     generator_factory: str | None = None
     """module:factory that builds a generator of any other kind; --generator is then its state dict (.pth or
     .safetensors), or left out where the factory loads it."""
@@ -116,6 +116,11 @@ class OwnOptions:
                 f"a task of your own needs --generator, --discriminator and --data; {' and '.join(missing)} "
                 f"{'is' if len(missing) == 1 else 'are'} missing"
             )
+        if self.back_discriminator is not None and self.back is None:
+            raise UserError(
+                "--back-discriminator asks for both directions of a CycleGAN, and --back is missing: name "
+                "the generator of the way back, such as latest_net_G_B.pth"
+            )
         for name in ("load_size", "crop_size", "generator_multiple", "discriminator_multiple"):
             if getattr(self, name) < 0:
                 raise UserError(
@@ -159,64 +164,97 @@ class OwnTask:
     back: tuple[nn.Module, Architecture] | None = None
 
 
+OwnPair = Mapping[str, OfficialNetwork]
+"""Agent → network as it was read."""
+
+
 def make_own_task(options: OwnOptions, device: str = "cpu") -> OwnTask:
-    """Read checkpoints and images, choose what is left open; nothing is written.
+    """Read checkpoints and images of one direction, choose what is left open; nothing is written.
 
     Args:
-        options: the user's.
+        options: the user's; :func:`gan.own_two_way.make_own` also takes those of both directions.
         device: where the norm statistics are tried out.
 
     Raises:
         UserError: with what to do.
     """
     options.check()
-    assert options.data is not None
-    pair = {agent: _load_network(options, agent) for agent in AGENTS}
-    back = _load_back(options)
+    pair, back = load_own_pair(options), _load_back(options)
     check_pair(pair["generator"], pair["discriminator"], back)
-    made = pair["generator"].architecture
-    if options.dropout and unet_levels(made.name):
-        made = replace(made, dropout=True)
-        network = made.build()
-        network.load_state_dict(pair["generator"].network.state_dict())
-        pair["generator"] = OfficialNetwork(network.eval(), made, ())
-    reading = _reading(options, made)
+    task = assemble(options, pair, back, reading_for(options, pair["generator"].architecture), device)
+    return replace(task, notes=(*task.notes, *describe_images(task)))
+
+
+def assemble(
+    options: OwnOptions,
+    pair: OwnPair,
+    back: OfficialNetwork | None,
+    reading: Reading,
+    device: str = "cpu",
+    way: str = "",
+) -> OwnTask:
+    """A task of networks that fit together, with its images; its notes are about the networks alone.
+
+    Args:
+        options: that they were read by.
+        pair: of the direction.
+        back: the generator of the way back, where images have no partners.
+        reading: how the images are read.
+        device: where the norm statistics are tried out.
+        way: ``A`` or ``B``, where this is one direction of two.
+
+    Raises:
+        UserError: images that cannot be used, or that the networks cannot see.
+    """
+    assert options.data is not None
+    generator, judge = pair["generator"], pair["discriminator"].architecture
+    if options.dropout and unet_levels(generator.architecture.name):
+        generator = _with_dropout(generator)
     data = options.data.resolve()
     images = load_pairs(data, reading) if back is None else load_drawn(data, reading)
-    for one in [pair["generator"], *([] if back is None else [back])]:
-        check_sizes(images.val, one.architecture, pair["discriminator"].architecture)
-    statistics, chosen = choose_statistics(pair["generator"], images.val, options.norm_statistics, device)
-    networks, architectures = {}, {}
-    notes = [note for agent in AGENTS for note in pair[agent].notes]
-    for agent, one in pair.items():
-        networks[agent], architectures[agent] = _settle(one, statistics)
-        notes.append(f"{agent}: {describe(networks[agent], architectures[agent], images.val)}")
-    closing = None
-    if back is not None:
-        closing = _settle(back, statistics)
+    for one in [generator, *([] if back is None else [back])]:
+        check_sizes(images.val, one.architecture, judge)
+    statistics, chosen = choose_statistics(generator, images.val, options.norm_statistics, device)
+    found = {"generator": generator, "discriminator": pair["discriminator"]}
+    settled = {agent: _settle(one, statistics) for agent, one in found.items()}
+    notes = [note for one in found.values() for note in one.notes]
+    for agent, (network, architecture) in settled.items():
+        notes.append(f"{agent_of(agent, way)}: {describe(network, architecture, images.val)}")
+    closing = None if back is None else _settle(back, statistics)
+    if closing is not None and not way:  # of two directions, the other one tells of it
         notes.append(f"way back: {describe(*closing, images.val)}")
-    notes += [*([chosen] if chosen else []), *images.notes]
-    notes.append(
-        f"{len(images.train)} train, {len(images.val)} val, {len(images.test)} test "
-        f"{'pairs' if back is None else 'images of either domain, unpaired,'} of "
-        f"{' × '.join(str(side) for side in images.val.inputs.shape[-2:])} pixels"
-    )
     return OwnTask(
-        name=data.name or "own",
+        name=agent_of(data.name or "own", way),
         data=data,
         reading=reading,
         multiples={
-            agent: getattr(options, f"{agent}_multiple") or usual_multiple(architectures[agent])
-            for agent in AGENTS
+            agent: getattr(options, f"{agent}_multiple") or usual_multiple(architecture)
+            for agent, (_, architecture) in settled.items()
         },
         adversarial=options.gan_mode or ("vanilla" if back is None else "lsgan"),
-        networks=networks,
-        architectures=architectures,
+        networks={agent: network for agent, (network, _) in settled.items()},
+        architectures={agent: architecture for agent, (_, architecture) in settled.items()},
         sources={agent: _source(options, agent) for agent in AGENTS},
         images=images,
-        notes=tuple(notes),
+        notes=(*notes, *([chosen] if chosen else [])),
         back=closing,
     )
+
+
+def describe_images(task: OwnTask) -> list[str]:
+    """Sentences on the images of a task: what was left out or stands in, how many there are, of what size."""
+    train, val, test, notes = task.images
+    kind = "pairs" if task.back is None else "images of either domain, unpaired,"
+    sides = " × ".join(str(side) for side in val.inputs.shape[-2:])
+    return [*notes, f"{len(train)} train, {len(val)} val, {len(test)} test {kind} of {sides} pixels"]
+
+
+def _with_dropout(generator: OfficialNetwork) -> OfficialNetwork:
+    """A U-Net with the same weights and dropout, which leaves no trace in them."""
+    made = replace(generator.architecture, dropout=True)
+    network = made.build()
+    network.load_state_dict(generator.network.state_dict())
+    return OfficialNetwork(network.eval(), made, ())
 
 
 def _settle(one: OfficialNetwork, statistics: StatisticsKind) -> tuple[nn.Module, Architecture]:
@@ -234,6 +272,15 @@ def _load_back(options: OwnOptions) -> OfficialNetwork | None:
     if options.generator_factory is None:
         return load_official(options.back)
     return load_foreign(options.generator_factory, options.back, "generator", options.crop_size or USUAL_SIZE)
+
+
+def load_own_pair(options: OwnOptions) -> dict[str, OfficialNetwork]:
+    """Both networks of the direction that ``--generator`` and ``--discriminator`` name.
+
+    Raises:
+        UserError: missing or damaged files, networks of unknown kinds, or code that builds none to cut.
+    """
+    return {agent: _load_network(options, agent) for agent in AGENTS}
 
 
 def _load_network(options: OwnOptions, agent: str) -> OfficialNetwork:
@@ -304,7 +351,8 @@ def load_foreign(factory: str, path: Path | None, agent: str, size: int) -> Offi
     return OfficialNetwork(network, architecture, (note,))
 
 
-def _reading(options: OwnOptions, generator: Architecture) -> Reading:
+def reading_for(options: OwnOptions, generator: Architecture) -> Reading:
+    """How the images are read for a generator: its channels and, unless the options name one, its size."""
     own_size = generator.size_multiple if unet_levels(generator.name) else USUAL_SIZE
     crop = options.crop_size or own_size
     return Reading(
@@ -412,99 +460,3 @@ def describe(network: nn.Module, architecture: Architecture, images: PairedImage
         f"{true / 1e9:.3g} G MACs{papers}",
     ]
     return ", ".join(parts)
-
-
-def _images_mark(images: PairedSplits) -> str:
-    """A mark of which images a task was made from: all names, and the pixels of val."""
-    digest = hashlib.sha256()
-    for split in (images.train, images.val, images.test):
-        digest.update("\n".join(split.names).encode() + b"\0")
-    for pixels in (images.val.inputs, images.val.targets):
-        digest.update(pixels.numpy().tobytes())
-    return digest.hexdigest()[:16]
-
-
-def save_own_task(folder: Path, task: OwnTask) -> Path:
-    """Write a task folder; it is made where it is missing."""
-    folder.mkdir(parents=True, exist_ok=True)
-    size = task.images.val.inputs.shape
-    for agent in AGENTS:
-        recipe = {**task.sources[agent], "task": task.name, "image_size": int(size[-2])}
-        recipe |= image_recipe(size[-1], task.reading.preprocess)
-        path = folder / f"{agent}.safetensors"
-        save_network(path, task.networks[agent], task.architectures[agent], recipe)
-    if task.back is not None:
-        save_network(folder / BACK, *task.back, {"task": task.name, "image_size": int(size[-2])})
-    about = {
-        "format": 1,
-        "name": task.name,
-        "data": str(task.data),
-        "reading": asdict(task.reading),
-        "multiples": dict(task.multiples),
-        "adversarial": task.adversarial,
-        "paired": task.back is None,
-        "images": _images_mark(task.images),
-        "notes": list(task.notes),
-    }
-    write_json(folder / TASK_FILE, about)
-    return folder
-
-
-def image_recipe(width: int, preprocess: Preprocess) -> dict[str, Any]:
-    """What a weight file's recipe says of images, beside their height."""
-    return {"image_width": int(width), "preprocess": asdict(preprocess)}
-
-
-def find_task_folder(name: str) -> Path | None:
-    """The task folder that a path means: itself, or that of a run; None when it is neither."""
-    folder = Path(name)
-    return next((f for f in (folder, folder / "task") if (f / TASK_FILE).is_file()), None)
-
-
-def load_own_task(folder: Path) -> OwnTask:
-    """Read a task folder back, and its images from where they are.
-
-    Raises:
-        UserError: damaged files, or images that are not those it was made from.
-    """
-    path = folder / TASK_FILE
-    try:
-        about = json.loads(path.read_text())
-        reading = about["reading"]
-        reading |= {"preprocess": Preprocess(**reading["preprocess"]), "channels": tuple(reading["channels"])}
-        about["reading"] = Reading(**reading)
-        name, data, mark = str(about["name"]), Path(about["data"]), about["images"]
-        multiples = {agent: int(about["multiples"][agent]) for agent in AGENTS}
-        adversarial, notes = about["adversarial"], tuple(about["notes"])
-        paired = bool(about.get("paired", True))  # tasks of older versions do not say
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{path} is damaged ({error}); make the task again") from error
-    networks, architectures = {}, {}
-    sources: dict[str, dict[str, str]] = {}
-    for agent in AGENTS:
-        network, architecture, recipe = load_network(folder / f"{agent}.safetensors")
-        networks[agent], architectures[agent] = network.requires_grad_(False), architecture
-        sources[agent] = {key: str(recipe[key]) for key in ("source", "source_hash") if key in recipe}
-    back = None
-    if not paired:
-        network, architecture, _ = load_network(folder / BACK)
-        back = network.requires_grad_(False), architecture
-    images = load_pairs(data, about["reading"]) if paired else load_drawn(data, about["reading"])
-    if _images_mark(images) != mark:
-        raise UserError(
-            f"the images in {data} are not those that {folder} was made from; put them back, or make the "
-            "task again"
-        )
-    return OwnTask(
-        name,
-        data,
-        about["reading"],
-        multiples,
-        adversarial,
-        networks,
-        architectures,
-        sources,
-        images,
-        notes,
-        back,
-    )

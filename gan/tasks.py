@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from gan.checkpoints import load_network, load_tensors, save_tensors, tensors_hash
 from gan.cost import DEFAULT_COST, CostKind, CostModel, build_cost_model
-from gan.cyclegan import TWO_WAY_TASKS, CycleOptions, Direction, OneWayTrainer, cycle_finetuner
+from gan.cyclegan import CycleOptions, Direction, OneWayTrainer, cycle_finetuner
 from gan.data import SPLITS, PairedImages, embedded_pairs, embedded_unpaired
 from gan.distillation import NO_INGREDIENTS, DensePair, Ingredients
 from gan.elastic import ElasticNetwork, order_channels
@@ -27,17 +27,17 @@ from gan.latency import LatencyTable, measure_latency
 from gan.losses import AdversarialKind, condition_of, paired_input
 from gan.networks import Architecture
 from gan.norm_statistics import recompute_statistics
-from gan.own_task import AGENTS, TASK_FILE, OwnTask, find_task_folder, load_own_task
+from gan.own_task import AGENTS, OwnTask
 from gan.plans import Plan
 from gan.runtime import bfloat16_pays
 from gan.scoring import FORMULAS, PairAgent, Scorer, Yardstick, run_batched
 from gan.slicing import Slicer
 from gan.surrogate import Scope, Surrogate, load_surrogate
+from gan.task_folder import TASK_FILE, elastic_places, find_both, find_task_folder, load_own_task
 from gan.training import Lessons, PairedTrainer, TrainingOptions, finetuner
 
 Start = Literal["elastic", "dense"]
 ASSETS = Path(__file__).parent / "assets"
-ELASTIC = "elastic.safetensors"
 
 
 @dataclass(frozen=True)
@@ -357,7 +357,7 @@ def own_task(own: OwnTask, device: str = "cpu", folder: Path | None = None) -> T
     networks = {agent: network.to(device) for agent, network in own.networks.items()}
     seen = {agent: architecture.in_channels for agent, architecture in own.architectures.items()}
     size = own.images.val.inputs.shape[-2:]
-    places = [] if folder is None else [folder / ELASTIC, folder.parent / ELASTIC]
+    places = [] if folder is None else elastic_places(folder)
     return Task(
         own.name,
         networks,
@@ -399,10 +399,10 @@ def check_one_pair(name: str) -> None:
     Raises:
         UserError: with the names of its directions.
     """
-    if name in TWO_WAY_TASKS:
+    both = find_both(name)
+    if both is not None:
         raise UserError(
-            f"{name} has four networks and this takes one pair: name a direction, "
-            f"{' or '.join(TWO_WAY_TASKS[name])}"
+            f"{name} has four networks and this takes one pair: name a direction, {' or '.join(both.ways)}"
         )
 
 

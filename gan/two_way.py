@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -22,6 +23,7 @@ from gan.cyclegan import (
     CycleTrainer,
     Direction,
     Translator,
+    agent_of,
 )
 from gan.data import UnpairedImages
 from gan.elastic import ElasticNetwork
@@ -29,19 +31,16 @@ from gan.errors import UserError, unknown
 from gan.evaluations import PlanScorer, PrunableNetwork, Scores
 from gan.latency import LatencyTable
 from gan.loop import TrainingProgress, trainable_copy
+from gan.own_two_way import AnyOwn, OwnTwoWay
 from gan.plans import Plan
 from gan.surrogate import Surrogate
-from gan.tasks import AGENTS, Start, Task, load_task
+from gan.task_folder import find_both
+from gan.tasks import AGENTS, Start, Task, load_task, own_task
 
 T = TypeVar("T")
 Pair = tuple[nn.Module, nn.Module]
 FOUR_AGENTS = tuple(f"{agent}_{way}" for agent in AGENTS for way in DIRECTIONS)
 """Generators first."""
-
-
-def agent_of(kind: str, way: str) -> str:
-    """``generator_A`` of the direction A; ``generator`` of the only direction, ``""``."""
-    return f"{kind}_{way}" if way else kind
 
 
 def share_of(values: Mapping[str, T], way: str) -> dict[str, T]:
@@ -124,17 +123,19 @@ class TwoWayTask:
     """Both directions of a translator as one task.
 
     Attributes:
-        name: key of ``TWO_WAY_TASKS``.
+        name: key of ``TWO_WAY_TASKS``, or the name of the user's image folder.
         ways: direction → its task; each one's ``back`` is the generator of the other.
+        folder: task folder of a user's own networks, absolute; None for embedded tasks.
     """
 
     name: str
     ways: Mapping[Direction, Task]
+    folder: Path | None = None
 
     @property
     def reference(self) -> str:
         """What :func:`load_any_task` loads this task by."""
-        return self.name
+        return self.name if self.folder is None else str(self.folder)
 
     @property
     def device(self) -> torch.device:
@@ -257,20 +258,38 @@ def direction_of(task: AnyTask, agent: str) -> tuple[Task, str]:
     return places[agent]
 
 
+def own_any_task(own: AnyOwn, device: str = "cpu") -> AnyTask:
+    """A user's own networks and images as a task of one direction or both, before they are written.
+
+    Args:
+        own: as made.
+        device: where the networks run.
+    """
+    if not isinstance(own, OwnTwoWay):
+        return own_task(own, device)
+    return TwoWayTask(own.name, {way: own_task(one, device) for way, one in own.ways.items()})
+
+
 def load_two_way(name: str, device: str = "cpu") -> TwoWayTask:
-    """Both directions of an embedded translator.
+    """Both directions of a translator: an embedded one, or a user's own.
+
+    Args:
+        name: key of ``TWO_WAY_TASKS``; or a task folder, or the folder of a run with networks of the user's.
+        device: where the networks run.
 
     Raises:
         UserError: unknown name, networks that do not fit together, or files that are missing or damaged.
     """
-    if name not in TWO_WAY_TASKS:
+    both = find_both(name)
+    if both is None:
         raise unknown("task of two directions", name, TWO_WAY_TASKS)
-    first, second = (load_task(part, device) for part in TWO_WAY_TASKS[name])
+    first, second = (load_task(part, device) for part in both.ways)
     if first.back is None or second.back is None:
         raise UserError(f"task {name!r} needs two unpaired directions")
-    return TwoWayTask(name, {"A": first, "B": second})
+    folder = None if both.folder is None else both.folder.resolve()
+    return TwoWayTask(both.name, {"A": first, "B": second}, folder)
 
 
 def load_any_task(name: str, device: str = "cpu") -> AnyTask:
     """A task by its name, with one direction or both; see :func:`gan.tasks.load_task`."""
-    return load_two_way(name, device) if name in TWO_WAY_TASKS else load_task(name, device)
+    return load_task(name, device) if find_both(name) is None else load_two_way(name, device)

@@ -16,15 +16,8 @@ from gan.errors import UserError
 from gan.folders import load_pairs, load_unpaired
 from gan.networks import Architecture, with_image_statistics
 from gan.official import OfficialNetwork, load_official, save_official
-from gan.own_task import (
-    OwnOptions,
-    choose_statistics,
-    find_task_folder,
-    load_own_task,
-    make_own_task,
-    save_own_task,
-    usual_multiple,
-)
+from gan.own_task import OwnOptions, choose_statistics, make_own_task, usual_multiple
+from gan.task_folder import find_task_folder, load_own_task, save_own_task
 from gan.tasks import AGENTS, load_task, own_task
 from tests.gan import official_layout as layout
 from tests.gan.conftest import random
