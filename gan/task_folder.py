@@ -45,7 +45,9 @@ def save_own(folder: Path, task: AnyOwn) -> Path:
 def save_own_two_way(folder: Path, task: OwnTwoWay) -> Path:
     """Write both directions, then what makes one task of them; the folder is made where it is missing."""
     for way, other in zip(DIRECTIONS, reversed(DIRECTIONS), strict=True):
-        save_own_task(folder / way, task.ways[way], back=f"../{other}/generator.safetensors")
+        save_own_task(
+            folder / way, task.ways[way], back=(Path("..") / other / "generator.safetensors").as_posix()
+        )
     about = {"format": 1, "name": task.name, "ways": list(DIRECTIONS), "notes": list(task.notes)}
     write_json(folder / TASK_FILE, about)
     return folder
