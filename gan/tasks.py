@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -406,9 +406,8 @@ def check_one_pair(name: str) -> None:
         )
 
 
-@cache
 def load_task(name: str = "edges2emoji", device: str = "cpu") -> Task:
-    """A named task with its pretrained pair, or a user's own.
+    """A named task with its pretrained pair, or a user's own; remembered while its files stay what they are.
 
     Args:
         name: key of ``TASKS`` or ``UNPAIRED_TASKS``; or a task folder, or the folder of a run with networks
@@ -420,13 +419,32 @@ def load_task(name: str = "edges2emoji", device: str = "cpu") -> Task:
     """
     known = TASKS | UNPAIRED_TASKS
     check_one_pair(name)
-    if name not in known:
-        if (own := find_task_folder(name)) is not None:
-            return own_task(load_own_task(own), device, own)
-        if Path(name).is_dir():
-            raise UserError(f"{name} is no task folder (it has no {TASK_FILE}): make_task.py writes one")
-        raise unknown("task", name, known)
-    recipe = known[name]
+    if name in known:
+        return _embedded_task(name, device)
+    if (own := find_task_folder(name)) is not None:
+        folder = own.resolve()  # the same words mean another folder once the working directory changes
+        return _folder_task(folder, device, _state_of_files(folder))
+    if Path(name).is_dir():
+        raise UserError(f"{name} is no task folder (it has no {TASK_FILE}): make_task.py writes one")
+    raise unknown("task", name, known)
+
+
+def _state_of_files(folder: Path) -> tuple[tuple[Path, int, int], ...]:
+    """Path, time and size of every file that a task folder's task is read from."""
+    files = sorted({file for file in [*folder.iterdir(), *elastic_places(folder)] if file.is_file()})
+    return tuple((file, file.stat().st_mtime_ns, file.stat().st_size) for file in files)
+
+
+@lru_cache(maxsize=8)
+def _folder_task(folder: Path, device: str, state: tuple[tuple[Path, int, int], ...]) -> Task:
+    """The task of a folder whose files are in this state."""
+    return own_task(load_own_task(folder), device, folder)
+
+
+@cache
+def _embedded_task(name: str, device: str) -> Task:
+    """The task of a name that the project knows."""
+    recipe = (TASKS | UNPAIRED_TASKS)[name]
     folder = ASSETS / (recipe.folder or name)
     way = "" if recipe.direction is None else f"_{recipe.direction}"
     networks, architectures, groups = {}, {}, {}

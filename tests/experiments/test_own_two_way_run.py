@@ -150,7 +150,6 @@ def test_make_task_writes_what_other_programs_take(work: Path, capsys: pytest.Ca
 
 
 def test_the_elastic_weights_of_the_run_are_those_of_its_task(work: Path) -> None:
-    gan.tasks.load_task.cache_clear()  # the run loaded its task before it had made them
     task = load_any_task("run")
     assert isinstance(task, TwoWayTask)
     assert set(task.shipped_elastic()) == set(FOUR_AGENTS)

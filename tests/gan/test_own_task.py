@@ -92,6 +92,21 @@ def test_programs_load_it_by_its_path(options, tmp_path):
         load_task(str(tmp_path))
 
 
+def test_a_name_means_what_lies_there_now(options, tmp_path, monkeypatch):
+    for place, name in (("here", "first"), ("there", "second")):
+        save_own_task(tmp_path / place / "task", replace(make_own_task(options), name=name))
+    monkeypatch.chdir(tmp_path / "here")
+    here = load_task("task")
+    assert here.name == "first"
+    assert load_task("task") is here
+    monkeypatch.chdir(tmp_path / "there")
+    assert load_task("task").name == "second"  # remembered by its place, not by its words
+    (tmp_path / "there" / "task" / "elastic.safetensors").touch()
+    assert load_task("task").elastic_path == tmp_path / "there" / "task" / "elastic.safetensors"
+    monkeypatch.chdir(tmp_path)
+    assert all(file.is_file() for file in here.weight_files.values())
+
+
 def test_grey_inputs_reach_every_place(options, tmp_path):
     torch.save(layout.unet(4, 4, came=1), options.generator)
     torch.save(layout.patch(1, 4, came=4), options.discriminator)
