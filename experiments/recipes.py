@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -52,8 +52,8 @@ EXAMPLES = (
         "some, for equal minutes",
     ),
     (
-        "python experiments/recipes.py --found runs/NAME --budget 0.1 --split test",
-        "a found plan, on test",
+        "python experiments/recipes.py --found runs/NAME --budget 0.1 --split both",
+        "a found plan; val decides, test is shown in the end",
     ),
     ("python experiments/recipes.py --resume FOLDER", "go on after an interruption"),
 )
@@ -61,8 +61,13 @@ LEVEL = 0.95
 """Of the intervals."""
 BASE = "base"
 """Native losses and output distillation, nothing else: what all others are compared with."""
-DENSE, TRAINED_ON = "dense", "dense, trained on"
-"""The dense pair as it is, and after as much further training with native losses alone."""
+DENSE = "dense"
+"""The dense pair as it is."""
+OPPONENTS: dict[str, dict[str, float]] = {
+    "dense, trained on": {},
+    "dense, trained on with R1": {"gradient_penalty": 0.15},
+}
+"""The dense pair after as much further training with native losses alone: what its training adds."""
 COLUMNS = (KID, "l1", "prdc_density", "prdc_coverage", "seconds", "margin_spread")
 """Figures of a finetuning: four of ``gan.evaluation.COLUMNS``, its seconds, and the standard deviation of the
 discriminator's margin over its steps."""
@@ -163,8 +168,9 @@ class Options:
     """Finetunings of each, with the seeds 0, 1, …"""
     dense: bool = False
     """Also train the dense pair on for as long, with native losses: the fair opponent."""
-    split: Split = "val"
-    """Measure on val, where choices are made, or on test, where they are shown."""
+    split: Split | Literal["both"] = "val"
+    """Measure on val, where choices are made, on test, where they are shown, or on both: then the tables of
+    test are written when all has been finetuned."""
     workers: int = 2
     """Processes that finetune, of one thread each."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -219,15 +225,18 @@ def main(options: Options) -> None:
     watch = Watch(console)
     with cli.resumable("recipes", folder.path):
         task = load_task(options.task, pick_device(options.device))
-        dense = dense_row(task, settings_of(Recipe(), options))
-        tables: dict[str, dict[str, NDArray[np.float64]]] = {}
+        settings = settings_of(Recipe(), options)
+        dense = dense_row(task, settings)
+        results: dict[str, list[TrialResult]] = {}
         for name in options.names:
-            for plan, values in finetune_all(name, options, folder, watch).items():
-                tables.setdefault(plan, {})[name] = values
-            report(options, folder, tables, dense)
+            results[name] = finetune_all(name, options, folder, watch)
+            report(options, folder, tables_of(results), dense)
         if options.dense:
-            tables[DENSE] = {TRAINED_ON: train_dense_on(options, folder, watch)}
-            report(options, folder, tables, dense)
+            results |= {name: train_dense_on(name, options, folder, watch) for name in OPPONENTS}
+            report(options, folder, tables_of(results), dense)
+        if settings.with_test:
+            shown = dense_row(task, replace(settings, split="test"))
+            report(options, folder, tables_of(results, test=True), shown, test=True)
     show_table(folder.path / "table.md", console)
 
 
@@ -280,38 +289,46 @@ def plans_of(options: Options, networks: Mapping[str, PrunableNetwork]) -> dict[
 def settings_of(recipe: Recipe, options: Options) -> Settings:
     """What all finetunings with one recipe share."""
     sizes = Sizes.of(options)
-    shared = Settings.of(
-        options.task, recipe.weights, sizes.epochs, sizes.images, options.device, options.split
-    )
-    ingredients = Ingredients(**recipe.ingredients)
+    split: Split = "val" if options.split == "both" else options.split
+    shared = Settings.of(options.task, recipe.weights, sizes.epochs, sizes.images, options.device, split)
     return replace(
-        shared, seconds=sizes.seconds, ingredients=ingredients, training=tuple(recipe.training.items())
+        shared,
+        seconds=sizes.seconds,
+        ingredients=Ingredients(**recipe.ingredients),
+        training=tuple(recipe.training.items()),
+        with_test=options.split == "both",
     )
 
 
-def finetune_all(
-    name: str, options: Options, folder: RunFolder, watch: Watch
-) -> dict[str, NDArray[np.float64]]:
-    """Finetune all plans with one recipe; what its log has already is read.
-
-    Returns:
-        Plan → (seeds, ``COLUMNS``) figures.
-    """
+def finetune_all(name: str, options: Options, folder: RunFolder, watch: Watch) -> list[TrialResult]:
+    """Finetune all plans with one recipe; what its log has already is read."""
     plans = {key: Plan.from_dict(plan) for key, plan in read_json(folder.path / "plans.json").items()}
     trials = [Trial(key, plan, seed) for seed in range(options.seeds) for key, plan in plans.items()]
-    results = finetune(name, recipe_of(name), trials, options, folder, watch)
-    rows: dict[str, list[list[float]]] = {}
-    for result in results:
-        rows.setdefault(result.trial.label, []).append(figures(result))
-    return {key: np.array(values) for key, values in rows.items()}
+    return finetune(name, recipe_of(name), trials, options, folder, watch)
 
 
-def train_dense_on(options: Options, folder: RunFolder, watch: Watch) -> NDArray[np.float64]:
-    """The dense pair after as much further training: (seeds, ``COLUMNS``)."""
+def train_dense_on(name: str, options: Options, folder: RunFolder, watch: Watch) -> list[TrialResult]:
+    """The dense pair after as much further training."""
     task = load_task(options.task, pick_device(options.device))
     trials = [Trial(DENSE, dense_plan(task), seed, "dense") for seed in range(options.seeds)]
-    recipe = Recipe(training={"distillation": 0.0}, weights="dense")
-    return np.array([figures(one) for one in finetune(TRAINED_ON, recipe, trials, options, folder, watch)])
+    recipe = Recipe(training={"distillation": 0.0, **OPPONENTS[name]}, weights="dense")
+    return finetune(name, recipe, trials, options, folder, watch)
+
+
+def tables_of(
+    results: Mapping[str, Sequence[TrialResult]], test: bool = False
+) -> dict[str, dict[str, NDArray[np.float64]]]:
+    """Plan → recipe → (seeds, ``COLUMNS``) figures.
+
+    Args:
+        results: recipe → its finetunings, seed by seed.
+        test: of the test images, where they were measured beside val.
+    """
+    rows: dict[str, dict[str, list[list[float]]]] = {}
+    for name, finetunings in results.items():
+        for result in finetunings:
+            rows.setdefault(result.trial.label, {}).setdefault(name, []).append(figures(result, test))
+    return {plan: {name: np.array(values) for name, values in of.items()} for plan, of in rows.items()}
 
 
 def dense_plan(task: Task) -> Plan:
@@ -333,10 +350,11 @@ def finetune(
         return run_trials(settings, trials, log, workers=options.workers, on_done=on_done)
 
 
-def figures(result: TrialResult) -> list[float]:
+def figures(result: TrialResult, test: bool = False) -> list[float]:
     """``COLUMNS`` of one finetuning."""
+    row = result.test if test else result.row
     own = {"seconds": result.seconds, "margin_spread": result.margin_spread}
-    return [own[name] if name in own else result.row[name] for name in COLUMNS]
+    return [own[name] if name in own else row[name] for name in COLUMNS]
 
 
 # The report
@@ -357,32 +375,37 @@ def report(
     folder: RunFolder,
     tables: Mapping[str, Mapping[str, NDArray[np.float64]]],
     dense: Mapping[str, float],
+    test: bool = False,
 ) -> None:
-    """Write ``recipes.json``, ``table.md`` and ``recipes.png``.
+    """Write ``recipes.json``, ``table.md`` and ``recipes.png``; of test beside val, ``recipes_test.json`` …
 
     Args:
         options: of the study.
         folder: where they go.
         tables: plan → recipe → (seeds, ``COLUMNS``) figures.
         dense: figures of the dense pair on the same images.
+        test: these are the figures of the test images, beside those of val.
     """
     sizes, first = Sizes.of(options), options.names[0]
+    split, end = ("test", "_test") if test else (settings_of(Recipe(), options).split, "")
     length = f"{sizes.epochs} epochs" if sizes.seconds is None else f"{sizes.seconds / 60:g} minutes"
     protocol = (
         f"{options.task} at {options.budget} of the {options.cost}, {length} of finetuning, "
         f"{options.seeds} seeds; KID*, density* and coverage* (EfficientNet-Lite0 at 112 px) and L1 on the "
-        f"{options.split} images; the dense pair has KID* {dense[KID]:.4f}, L1 {dense['l1']:.4f}, coverage* "
+        f"{split} images; the dense pair has KID* {dense[KID]:.4f}, L1 {dense['l1']:.4f}, coverage* "
         f"{dense['prdc_coverage']:.3f}; seconds with measuring, on one thread each"
     )
     rows = {
         plan: summarise(table, tables["uniform" if plan == DENSE else plan][first])
         for plan, table in tables.items()
     }
-    write_json(folder.path / "recipes.json", plain({"protocol": protocol, DENSE: dict(dense), "rows": rows}))
+    write_json(
+        folder.path / f"recipes{end}.json", plain({"protocol": protocol, DENSE: dict(dense), "rows": rows})
+    )
     parts = ["# Ways of finetuning", f"{protocol}."]
     for plan, of_plan in rows.items():
         parts += [f"## {plan}", markdown(of_plan, first, options.seeds)]
-    write_text(folder.path / "table.md", "\n\n".join(parts) + "\n")
+    write_text(folder.path / f"table{end}.md", "\n\n".join(parts) + "\n")
     panels = [
         estimates(plan, of_plan, rows["uniform" if plan == DENSE else plan][first].kid, first)
         for plan, of_plan in rows.items()
@@ -390,7 +413,7 @@ def report(
     if any(panel.labels for panel in panels):
         label = f"KID* minus that of {first}, same seeds (negative is better)"
         shown = [panel for panel in panels if panel.labels]
-        save_figure(intervals(shown, label, f"{options.task}, {length}"), folder.path / "recipes.png")
+        save_figure(intervals(shown, label, f"{options.task}, {length}"), folder.path / f"recipes{end}.png")
 
 
 def estimates(plan: str, rows: Mapping[str, Row], reference: tuple[float, ...], first: str) -> Estimates:

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -68,6 +69,7 @@ class TrialResult:
         margin_spread: standard deviation of that margin over the steps.
         seconds: of finetuning and measuring.
         margins: that margin in every training step; empty where a log of an older version has none.
+        test: ``row`` on the test images, where the settings ask for it.
     """
 
     trial: Trial
@@ -77,6 +79,7 @@ class TrialResult:
     margin_spread: float
     seconds: float
     margins: tuple[float, ...] = ()
+    test: Mapping[str, float] = field(default_factory=dict)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready form; :meth:`from_dict` reads it back."""
@@ -92,6 +95,7 @@ class TrialResult:
             "margin_spread": self.margin_spread,
             "seconds": round(self.seconds, 2),
             "margins": [round(margin, 4) for margin in self.margins],
+            **({"test": dict(self.test)} if self.test else {}),
         }
 
     @classmethod
@@ -100,7 +104,9 @@ class TrialResult:
         numbers = (data[name] for name in ("margin_mean", "margin_spread", "seconds"))
         margins = tuple(map(float, data.get("margins", ())))
         mean, spread, seconds = map(float, numbers)
-        return cls(trial, dict(data["raw"]), dict(data["row"]), mean, spread, seconds, margins)
+        figures = (dict(data.get(name, {})) for name in ("raw", "row", "test"))
+        raw, row, test = figures
+        return cls(trial, raw, row, mean, spread, seconds, margins, test)
 
 
 @dataclass(frozen=True)
@@ -119,6 +125,7 @@ class Settings:
         ingredients: what finetuning adds to native losses and output distillation.
         training: names and values of fields of the task's training options that differ from those of
             finetuning.
+        with_test: measure the results on the test images too, to be shown once val has decided.
     """
 
     task: str
@@ -131,6 +138,7 @@ class Settings:
     seconds: float | None = None
     ingredients: Ingredients = field(default_factory=Ingredients)
     training: tuple[tuple[str, Any], ...] = ()
+    with_test: bool = False
 
     @classmethod
     def of(
@@ -183,7 +191,9 @@ class Settings:
         options = asdict(self.options(0, task))
         extractor = load_extractor(device=task.device)
         # Named only where there are any: logs of finetunings without them stay readable.
-        added = {} if self.ingredients == NO_INGREDIENTS else {"ingredients": asdict(self.ingredients)}
+        added: dict[str, Any] = {"with_test": True} if self.with_test else {}
+        if self.ingredients != NO_INGREDIENTS:
+            added["ingredients"] = asdict(self.ingredients)
         return {
             **added,
             "task": self.task,
@@ -216,9 +226,12 @@ class Workbench:
     def __init__(self, task: Task, weights: Mapping[str, ElasticNetwork], settings: Settings) -> None:
         self.task, self.weights, self.settings = task, weights, settings
         self.train = task.train.take(settings.train_images)
-        images = settings.judged(task)
         generator, discriminator = (task.networks[agent] for agent in AGENTS)
-        self.judge = Judge.build(generator, discriminator, images, load_extractor(device=task.device))
+        judge_of = partial(Judge.build, generator, discriminator)
+        extractor = load_extractor(device=task.device)
+        self.judge = judge_of(settings.judged(task), extractor)
+        shown = replace(settings, split="test").judged(task) if settings.with_test else None
+        self.shown = None if shown is None else judge_of(shown, extractor)
         self.dense = DensePair(generator, discriminator, task.groups["generator"])
         self._lessons: tuple[int, Lessons] | None = None
         self._raw: dict[tuple[str, str], dict[str, float]] = {}
@@ -257,6 +270,7 @@ class Workbench:
             statistics.pstdev(margins),
             time.perf_counter() - started,
             tuple(round(margin, 4) for margin in margins),
+            {} if self.shown is None else self.shown.row(*tuned),
         )
 
     def pair(self, trial: Trial) -> tuple[nn.Module, nn.Module]:
@@ -267,7 +281,12 @@ class Workbench:
         return generator, discriminator
 
     def lessons(self, seed: int) -> Lessons:
-        """The teacher's answers for one seed; those of the seed before are forgotten."""
+        """The teacher's answers for one seed; those of the seed before are forgotten.
+
+        Where time is what trials share, each asks its own teacher: nobody gains steps from coming second.
+        """
+        if self.settings.seconds is not None:
+            return Lessons(self.task.networks["generator"])
         if self._lessons is None or self._lessons[0] != seed:
             self._lessons = None  # freed first: two sets of answers need not fit side by side
             self._lessons = seed, Lessons(self.task.networks["generator"])

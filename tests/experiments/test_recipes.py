@@ -10,7 +10,7 @@ import pytest
 
 import gan.tasks
 from experiments import recipes
-from experiments.recipes import BASE, DENSE, KID, RECIPES, TRAINED_ON, Options, recipe_of
+from experiments.recipes import BASE, DENSE, KID, OPPONENTS, RECIPES, Options, recipe_of
 from experiments.trials import Settings, Trial, TrialResult
 from gan.distillation import Ingredients
 from gan.tasks import Task
@@ -38,7 +38,8 @@ class Fake:
         for trial in trials:
             kid = 2.0 + trial.seed - (0.5 if settings.weights == "dense" else 0.0)
             row = {KID: kid, "l1": 0.2, "prdc_density": 0.4, "prdc_coverage": 0.5}
-            results.append(TrialResult(trial, row, row, 1.0, 0.25, 10.0))
+            test = {**row, KID: 10 * kid} if settings.with_test else {}
+            results.append(TrialResult(trial, row, row, 1.0, 0.25, 10.0, test=test))
             on_done(results[-1])
         log.write_text("trials")
         return results
@@ -63,14 +64,18 @@ def test_the_road_and_its_resume(fake: Fake, tmp_path: Path) -> None:
     rows = found["rows"]
     assert rows["uniform"]["from_dense"]["to_first"] == pytest.approx([-0.5, -0.5, -0.5])
     assert rows["uniform"]["native"]["kid"] == pytest.approx([2.0, 3.0])
-    assert rows[DENSE][TRAINED_ON]["kid"] == pytest.approx([1.5, 2.5])
+    assert set(rows[DENSE]) == set(OPPONENTS)
+    assert all(row["kid"] == pytest.approx([1.5, 2.5]) for row in rows[DENSE].values())
     assert [(one.weights, one.split, one.training) for one in fake.settings] == [
         ("elastic", "test", (("distillation", 0.0),)),
         ("dense", "test", ()),
         ("dense", "test", (("distillation", 0.0),)),
+        ("dense", "test", (("distillation", 0.0), ("gradient_penalty", 0.15))),
     ]
+    assert not any(one.with_test for one in fake.settings)
     assert sorted(path.name for path in output.glob("*.jsonl")) == [
         "dense_trained_on.jsonl",
+        "dense_trained_on_with_R1.jsonl",
         "from_dense.jsonl",
         "native.jsonl",
     ]
@@ -79,6 +84,20 @@ def test_the_road_and_its_resume(fake: Fake, tmp_path: Path) -> None:
     assert "| from_dense | 2.0000 | -0.5000 (-0.5000 to -0.5000) |" in before
     recipes.main(Options(resume=output))
     assert (output / "table.md").read_text() == before
+
+
+def test_val_decides_and_test_is_shown_beside_it(fake: Fake, tmp_path: Path) -> None:
+    output = tmp_path / "study"
+    recipes.main(replace(OPTIONS, output=output, split="both"))
+    assert all(one.split == "val" and one.with_test for one in fake.settings)
+    val, test = (json.loads((output / f"recipes{end}.json").read_text()) for end in ("", "_test"))
+    assert val["rows"]["uniform"]["from_dense"]["kid"] == pytest.approx([1.5, 2.5])
+    assert test["rows"]["uniform"]["from_dense"]["kid"] == pytest.approx([15.0, 25.0])
+    assert test["rows"]["uniform"]["from_dense"]["to_first"] == pytest.approx([-5.0, -5.0, -5.0])
+    assert "on the val images" in val["protocol"]
+    assert "on the test images" in test["protocol"]
+    assert val["dense"] != test["dense"]
+    assert {"table.md", "table_test.md", "recipes_test.png"} <= {path.name for path in output.iterdir()}
 
 
 def test_one_recipe_alone_has_a_table_and_no_figure(fake: Fake, tmp_path: Path) -> None:

@@ -75,6 +75,23 @@ def test_the_teacher_answers_once_a_seed(bench: Workbench) -> None:
     assert bench.lessons(1) is not held
 
 
+def test_in_equal_time_every_trial_asks_its_own_teacher(bench: Workbench) -> None:
+    bench.settings = replace(SETTINGS, seconds=1.0)
+    assert bench.lessons(0) is not bench.lessons(0)
+
+
+def test_results_are_measured_on_test_beside_val(bench: Workbench, task: Task) -> None:
+    both = Workbench(task, bench.weights, replace(SETTINGS, with_test=True))(Trial("a", PLAN, 0))
+    val, test = (
+        Workbench(task, bench.weights, replace(SETTINGS, split=split))(Trial("a", PLAN, 0))
+        for split in ("val", "test")
+    )
+    assert steady(both.row) == steady(val.row)
+    assert steady(both.test) == steady(test.row) != steady(val.row)
+    assert not val.test
+    assert TrialResult.from_dict(json.loads(json.dumps(both.to_dict()))).test == both.test
+
+
 def test_a_training_that_diverges_is_named(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
     usual = trials.finetuning_of
     monkeypatch.setattr(trials, "finetuning_of", lambda *x: replace(usual(*x), learning_rate=1e30))
@@ -127,6 +144,7 @@ def test_the_fingerprint_names_what_results_depend_on(
     ]
     settings += [replace(SETTINGS, seconds=9.0), replace(SETTINGS, ingredients=Ingredients(online=True))]
     settings.append(replace(SETTINGS, training=(("l1", 30.0),)))
+    settings.append(replace(SETTINGS, with_test=True))
     found = [json.dumps(one.fingerprint(task)) for one in settings]
     assert len(set(found)) == len(settings)
     assert found[0] == json.dumps(replace(SETTINGS).fingerprint(task))
