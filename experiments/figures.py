@@ -604,32 +604,61 @@ def quality_curves(
     return figure
 
 
-def learning_curve(frame: pd.DataFrame, dense: Mapping[str, float], title: str = "") -> Figure:
-    """KID and L1 on val over a finetuning, the start at 0, the dense pair as a line.
+@dataclass(frozen=True)
+class LearningCurve:
+    """A finetuning, watched on val.
 
-    Args:
+    Attributes:
+        label: name in the legend.
         frame: one row per epoch with ``epoch``, ``seconds``, ``val_kid`` and, where it is known, ``val_l1``;
-            NaN where nothing was measured.
-        dense: the same figures of the dense generator.
-        title: of the figure.
+            NaN where nothing was measured. The start is epoch 0.
+        dense: the same figures of the dense generator; empty where they are not known.
     """
-    minutes = bool(frame["seconds"].max() >= 120)
-    x = frame["seconds"] / 60 if minutes else frame["epoch"]
+
+    label: str
+    frame: pd.DataFrame
+    dense: Mapping[str, float]
+
+
+def learning_curves(curves: Sequence[LearningCurve], title: str = "") -> Figure:
+    """KID and L1 on val over one or several finetunings, the start at 0, the dense pair as a line.
+
+    The horizontal axis counts minutes where one of them took two or more, else epochs.
+
+    Raises:
+        UserError: too many to tell apart.
+    """
+    if len(curves) > MOST_SERIES:
+        raise UserError(
+            f"{len(curves)} finetunings cannot be told apart in one figure; draw at most {MOST_SERIES}"
+        )
+    minutes = any(bool(curve.frame["seconds"].max() >= 120) for curve in curves)
     with mpl.rc_context(STYLE):
-        figure = Figure(figsize=(9, 3.4), layout="constrained")
+        figure = Figure(figsize=(9, 3.4 if len(curves) == 1 else 3.8), layout="constrained")
         FigureCanvasAgg(figure)
         panels = {"val_kid": "KID", "val_l1": "L1"}
-        measured = [(column, name) for column, name in panels.items() if column in frame]
+        measured = [
+            (column, name) for column, name in panels.items() if any(column in one.frame for one in curves)
+        ]
         drawn = figure.subplots(1, len(measured), squeeze=False)[0]
         for axes, (column, name) in zip(drawn, measured, strict=True):
-            known = frame[column].notna()
-            axes.plot(x[known], frame[column][known], MARKERS[0] + "-", color=COLOURS[0], markersize=3)
-            axes.axhline(dense[column], color=COLOURS[1], linestyle="--")
-            axes.annotate(
-                "dense", (1.0, dense[column]), xycoords=("axes fraction", "data"), ha="right", va="bottom"
-            )
+            for place, curve in enumerate(curves):
+                if column not in curve.frame:
+                    continue
+                known = curve.frame[curve.frame[column].notna()]
+                x = known["seconds"] / 60 if minutes else known["epoch"]
+                looks = {**_looks(place), "markersize": 3}
+                axes.plot(x, known[column], label=curve.label, **looks)
+            for level in sorted({round(one.dense[column], 9) for one in curves if column in one.dense}):
+                axes.axhline(level, color="0.35", linestyle="--", linewidth=1.2)
+                axes.annotate(
+                    "dense", (1.0, level), xycoords=("axes fraction", "data"), ha="right", va="bottom"
+                )
             axes.set_title(f"{name}, lower is better")
             axes.set_xlabel("minutes of training" if minutes else "epochs")
+        if len(curves) > 1:
+            handles, _ = drawn[0].get_legend_handles_labels()
+            figure.legend(handles=handles, loc="outside lower center", ncols=min(4, len(curves)), fontsize=9)
         if title:
             figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     return figure

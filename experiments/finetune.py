@@ -18,9 +18,10 @@ from tyro.conf import OmitArgPrefixes, Positional
 
 from experiments import cli
 from experiments.build import finetuning_of, image_counts, pick_device, save_pair
-from experiments.figures import learning_curve, save_figure
+from experiments.figures import LearningCurve, learning_curves, save_figure
 from experiments.report import evaluation_table
 from experiments.runs import (
+    EPOCHS,
     RunFolder,
     check_least,
     create_run,
@@ -119,7 +120,7 @@ class FinetuneFolder:
     @property
     def log(self) -> Path:
         """One line per epoch: losses, seconds and, where measured, the val figures."""
-        return self.run.path / "log.jsonl"
+        return self.run.path / EPOCHS
 
     @property
     def checkpoint(self) -> Path:
@@ -351,10 +352,9 @@ def run(options: Options, folder: FinetuneFolder, console: Console) -> None:
         rows = {name: test.row(*pair) for name, pair in pairs.items()}
     with watch.stage("pictures"):
         frame = pd.DataFrame([log.entries[epoch] for epoch in sorted(log.entries)])
-        save_figure(
-            learning_curve(frame, measure(judge, dense[0]), f"{task.name}: finetuning, val images"),
-            folder.curve,
-        )
+        goal = measure(judge, dense[0])
+        curve = LearningCurve(folder.run.path.name, frame, goal)
+        save_figure(learning_curves([curve], f"{task.name}: finetuning, val images"), folder.curve)
     protocol = (
         f"{len(images.test)} test images of {task.name}; the last averaged weights, or the start where val "
         "prefers it; nothing was chosen on test"
@@ -369,6 +369,7 @@ def run(options: Options, folder: FinetuneFolder, console: Console) -> None:
             "protocol": protocol,
             "verdict": verdict.sentence,
             "kept": verdict.kept,
+            "val_of_dense": goal,
             "epochs": trainer.epoch,
             "steps": trainer.steps,
             "steps_per_second": round(trainer.steps / max(1e-9, trainer.spent), 3),

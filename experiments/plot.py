@@ -1,4 +1,4 @@
-"""Draw the reward and sparsity curves of one or several runs into one figure."""
+"""Draw the reward and sparsity curves of searches, or the learning curves of finetunings, into one figure."""
 
 from __future__ import annotations
 
@@ -11,17 +11,19 @@ from typing import Annotated, Any
 from tyro.conf import Positional, arg
 
 from experiments import cli
-from experiments.figures import Series, check_format, curves, save_figure
-from experiments.runs import Run, read_run
+from experiments.figures import LearningCurve, Series, check_format, curves, learning_curves, save_figure
+from experiments.runs import Finetuning, Run, is_finetuning, read_finetuning, read_run
 from gan.errors import UserError
 
 EXAMPLES = (
     ("python experiments/plot.py runs/edges2emoji-mappo-s0 --output curves.png", "one run"),
-    ("python experiments/plot.py runs/edges2emoji-* --output all.pdf", "learners and seeds compared"),
+    ("python experiments/plot.py runs/edges2emoji-mappo-* --output all.pdf", "seeds and budgets compared"),
+    ("python experiments/plot.py runs/edges2emoji-finetune-* --output tuned.png", "finetunings compared"),
 )
 DESCRIPTION = """Reward (total and by term) and sparsity of both networks over the evaluations of a search.
 
-Runs that differ only in their seed become one line, their mean, inside the range that they span."""
+Runs that differ only in their seed become one line, their mean, inside the range that they span.
+Folders of finetune.py are drawn by KID and L1 on the val images, with the dense pair as a line."""
 APART = ("seed", "output", "resume")
 """Options in which two runs of one series may differ."""
 
@@ -31,7 +33,7 @@ class Options:
     """Options of ``plot.py``."""
 
     runs: Annotated[Positional[tuple[Path, ...]], arg(metavar="RUN [RUN ...]", help_behavior_hint="")]
-    """Run folders."""
+    """Run folders: all of searches, or all of finetunings."""
     output: Path
     """File to write: .png, .pdf or .svg."""
     window: int = 30
@@ -89,9 +91,25 @@ def main(options: Options) -> None:
         raise UserError(f"--window is {options.window}; a moving average needs 1 evaluation or more")
     check_format(options.output)
     paths = {path.resolve(): path for path in options.runs}  # a run named twice is still one run
+    tuned = [path for path in paths.values() if is_finetuning(path)]
+    if tuned and len(tuned) < len(paths):
+        searched = next(path for path in paths.values() if path not in tuned)
+        raise UserError(f"{tuned[0]} is a finetuning and {searched} is not; draw them in two figures")
+    if tuned:
+        title, learned = tunings([read_finetuning(path) for path in tuned])
+        save_figure(learning_curves(learned, title), options.output)
+        print(f"{options.output}: {', '.join(f'{one.label} ({len(one.frame)} epochs)' for one in learned)}")
+        return
     title, series = group([read_run(path) for path in paths.values()])
     save_figure(curves(series, options.window, title), options.output)
     print(f"{options.output}: {', '.join(f'{one.label} ({len(one.metrics)})' for one in series)}")
+
+
+def tunings(found: Sequence[Finetuning]) -> tuple[str, list[LearningCurve]]:
+    """A title, and one curve per finetuning under the name of its folder."""
+    tasks = dict.fromkeys(Path(one.options["task"]).name for one in found)
+    learned = [LearningCurve(one.folder.path.name, one.epochs, one.dense) for one in found]
+    return f"{', '.join(tasks)}: finetuning, val images", learned
 
 
 if __name__ == "__main__":

@@ -49,6 +49,8 @@ PACKAGES = (
 )
 """Distributions whose version can change a result."""
 TRAIN = "python experiments/train_agents.py"
+EPOCHS = "log.jsonl"
+"""What ``finetune.py`` writes after every epoch."""
 
 
 @dataclass(frozen=True)
@@ -591,3 +593,46 @@ def read_run(path: Path) -> Run:
     if missing:
         raise UserError(f"{folder.options} lacks {', '.join(sorted(missing))}; make the run again")
     return Run(folder, options, read_metrics(folder))
+
+
+@dataclass(frozen=True)
+class Finetuning:
+    """What a program reads of a finetuning.
+
+    Attributes:
+        folder: its paths.
+        options: those it was made with.
+        epochs: one row per epoch with ``epoch``, ``seconds`` and, where measured, ``val_kid`` and ``val_l1``;
+            epoch 0 is the start.
+        dense: the val figures of the dense pair; empty while the finetuning goes on.
+    """
+
+    folder: RunFolder
+    options: Mapping[str, Any]
+    epochs: pd.DataFrame
+    dense: Mapping[str, float]
+
+
+def is_finetuning(path: Path) -> bool:
+    """Whether ``finetune.py`` made a folder."""
+    return (path / EPOCHS).is_file()
+
+
+def read_finetuning(path: Path) -> Finetuning:
+    """Read a finetuning, finished or under way; a torn last line is left out.
+
+    Raises:
+        UserError: no such folder, no run folder, nothing logged, damaged; one sentence each.
+    """
+    folder = open_run(path)
+    log = folder.path / EPOCHS
+    whole = log.read_text().rpartition("\n")[0].splitlines()
+    try:
+        entries = {int(entry["epoch"]): entry for entry in map(json.loads, whole[1:])}
+        frame = pd.DataFrame([entries[epoch] for epoch in sorted(entries)])
+        if not {"epoch", "seconds", "val_kid"} <= set(frame):
+            raise KeyError("no epoch with its seconds and KID")
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{log} cannot be drawn ({error}); wait for an epoch, or finetune again") from error
+    dense = read_json(folder.evaluation).get("val_of_dense", {}) if folder.evaluation.is_file() else {}
+    return Finetuning(folder, read_json(folder.options), frame, dense)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -7,8 +8,10 @@ import pytest
 from PIL import Image
 
 from experiments import cli, plot
-from experiments.plot import DESCRIPTION, EXAMPLES, Options, flatten, group, main
-from experiments.runs import RunFolder, read_run
+from experiments.figures import learning_curves
+from experiments.plot import DESCRIPTION, EXAMPLES, Options, flatten, group, main, tunings
+from experiments.runs import RunFolder, read_finetuning, read_run
+from gan.errors import UserError
 
 
 def call(arguments: Sequence[str]) -> None:
@@ -41,6 +44,51 @@ def test_plot_writes_one_figure_of_several_runs(
     with Image.open(tmp_path / "curves.png") as image:
         assert image.width > 1000
     assert "mappo (2)" in capsys.readouterr().out  # a run named twice counts once
+
+
+def finetuning(folder: Path, epochs: Sequence[float], dense: float | None = None) -> str:
+    """A folder as ``finetune.py`` leaves it; without ``dense`` it is still under way."""
+    folder.mkdir(parents=True)
+    for name, content in (("run", {"format": 1}), ("options", {"task": "edges2emoji"})):
+        (folder / f"{name}.json").write_text(json.dumps(content))
+    entries = [{"epoch": n, "seconds": 90.0 * n, "val_kid": kid} for n, kid in enumerate(epochs)]
+    lines = [json.dumps(entry) for entry in [{"format": 1}, *entries]]
+    (folder / "log.jsonl").write_text("\n".join(lines) + '\n{"epoch": 99, "sec')
+    if dense is not None:
+        (folder / "evaluation.json").write_text(json.dumps({"val_of_dense": {"val_kid": dense}}))
+    return str(folder)
+
+
+def test_finetunings_are_drawn_by_their_epochs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folders = [finetuning(tmp_path / "a", (0.6, 0.4, 0.3), 0.2), finetuning(tmp_path / "b", (0.5, 0.4))]
+    call([*folders, "--output", str(tmp_path / "tuned.svg")])
+    assert "a (3 epochs), b (2 epochs)" in capsys.readouterr().out
+    title, curves = tunings([read_finetuning(Path(folder)) for folder in folders])
+    assert title == "edges2emoji: finetuning, val images"
+    assert [dict(curve.dense) for curve in curves] == [{"val_kid": 0.2}, {}]
+    axes = learning_curves(curves).axes
+    assert len(axes) == 1  # nobody knows L1
+    first, second, level = axes[0].lines
+    assert list(first.get_xdata()) == pytest.approx([0.0, 1.5, 3.0])  # minutes
+    assert list(second.get_ydata()) == pytest.approx([0.5, 0.4])
+    assert list(level.get_ydata()) == pytest.approx([0.2, 0.2])
+
+
+def test_searches_and_finetunings_are_two_figures(tmp_path: Path, make_run: Callable[..., RunFolder]) -> None:
+    tuned = finetuning(tmp_path / "tuned", (0.6, 0.4))
+    with pytest.raises(UserError, match=r"tuned is a finetuning and .* is not; draw them in two figures"):
+        main(Options((Path(tuned), make_run().path), tmp_path / "x.png"))
+
+
+def test_a_finetuning_without_an_epoch_is_a_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="cannot be drawn"):
+        main(Options((Path(finetuning(tmp_path / "tuned", ())),), tmp_path / "x.png"))
+
+
+def test_too_many_finetunings_are_a_sentence(tmp_path: Path) -> None:
+    folders = tuple(Path(finetuning(tmp_path / str(n), (0.6, 0.4))) for n in range(9))
+    with pytest.raises(UserError, match="9 finetunings cannot be told apart"):
+        main(Options(folders, tmp_path / "x.png"))
 
 
 @pytest.mark.parametrize(

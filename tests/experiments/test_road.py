@@ -23,6 +23,7 @@ from gan.checkpoints import load_network
 from gan.evaluation import COLUMNS
 from gan.plans import Plan
 from gan.tasks import load_task
+from tests.experiments.test_plot import finetuning
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text()
@@ -168,6 +169,7 @@ def test_translate(work: Path, tmp_path: Path, dense: bool) -> None:
 def test_readme_plots_and_translations(work: Path) -> None:
     (work / "drawings").mkdir()
     Image.fromarray(np.full((64, 64), 255, np.uint8)).save(work / "drawings" / "a.png")
+    finetuning(work / "runs" / "edges2emoji-finetune-s0", (0.6, 0.4), 0.3)
     lines = [("plot.py", arguments) for arguments in commands("plot.py")]
     lines += [("translate.py", arguments) for arguments in commands("translate.py")]
     assert len(lines) >= 3
