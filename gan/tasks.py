@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cache, lru_cache
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -420,32 +420,36 @@ def load_task(name: str = "edges2emoji", device: str = "cpu") -> Task:
     known = TASKS | UNPAIRED_TASKS
     check_one_pair(name)
     if name in known:
-        return _embedded_task(name, device)
+        folder = ASSETS / (known[name].folder or name)
+        return _embedded_task(name, folder, device, _state_of(folder))
     if (own := find_task_folder(name)) is not None:
         folder = own.resolve()  # the same words mean another folder once the working directory changes
-        return _folder_task(folder, device, _state_of_files(folder))
+        return _folder_task(folder, device, _state_of(folder, *elastic_places(folder)))
     if Path(name).is_dir():
         raise UserError(f"{name} is no task folder (it has no {TASK_FILE}): make_task.py writes one")
     raise unknown("task", name, known)
 
 
-def _state_of_files(folder: Path) -> tuple[tuple[Path, int, int], ...]:
-    """Path, time and size of every file that a task folder's task is read from."""
-    files = sorted({file for file in [*folder.iterdir(), *elastic_places(folder)] if file.is_file()})
+FilesState = tuple[tuple[Path, int, int], ...]
+"""Path, time of the last change in ns and size in bytes of some files."""
+
+
+def _state_of(folder: Path, *more: Path) -> FilesState:
+    """The state of the files that a task is read from: those of a folder and some more."""
+    files = sorted({file for file in [*folder.glob("*"), *more] if file.is_file()})
     return tuple((file, file.stat().st_mtime_ns, file.stat().st_size) for file in files)
 
 
 @lru_cache(maxsize=8)
-def _folder_task(folder: Path, device: str, state: tuple[tuple[Path, int, int], ...]) -> Task:
+def _folder_task(folder: Path, device: str, state: FilesState) -> Task:
     """The task of a folder whose files are in this state."""
     return own_task(load_own_task(folder), device, folder)
 
 
-@cache
-def _embedded_task(name: str, device: str) -> Task:
-    """The task of a name that the project knows."""
+@lru_cache(maxsize=8)
+def _embedded_task(name: str, folder: Path, device: str, state: FilesState) -> Task:
+    """The task of a name that the project knows, of weights that lie in a folder in this state."""
     recipe = (TASKS | UNPAIRED_TASKS)[name]
-    folder = ASSETS / (recipe.folder or name)
     way = "" if recipe.direction is None else f"_{recipe.direction}"
     networks, architectures, groups = {}, {}, {}
     files = {agent: folder / f"{agent}{way}.safetensors" for agent in AGENTS}

@@ -107,20 +107,20 @@ def assets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_a_missing_file_is_a_sentence(assets, name):
     (assets / name).unlink()
     with pytest.raises(UserError, match=name.replace(".", r"\.")):
-        load_task.__wrapped__("edges2emoji")
+        load_task("edges2emoji")
 
 
 def test_a_truncated_file_is_a_sentence(assets):
     file = assets / "discriminator.safetensors"
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(UserError, match=r"discriminator\.safetensors is damaged"):
-        load_task.__wrapped__("edges2emoji")
+        load_task("edges2emoji")
 
 
 def test_elastic_weights_are_found_when_they_are_there(assets):
-    assert load_task.__wrapped__("edges2emoji").elastic_path is None
+    assert load_task("edges2emoji").elastic_path is None
     (assets / "elastic.safetensors").write_bytes(b"")
-    assert load_task.__wrapped__("edges2emoji").elastic_path == assets / "elastic.safetensors"
+    assert load_task("edges2emoji").elastic_path == assets / "elastic.safetensors"
 
 
 def test_elastic_weights_survive_their_file(task, tmp_path):

@@ -209,7 +209,7 @@ def assets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_both_ways_of_one_translator_are_tasks(assets: Path) -> None:
-    there, back = (load_task.__wrapped__(name) for name in ("noto2twemoji", "twemoji2noto"))
+    there, back = (load_task(name) for name in ("noto2twemoji", "twemoji2noto"))
     for task, other in ((there, back), (back, there)):
         assert state_hash(task.back) == state_hash(other.networks["generator"])
         assert not any(p.requires_grad for p in task.back.parameters())
@@ -226,7 +226,7 @@ def test_both_ways_of_one_translator_are_tasks(assets: Path) -> None:
 def test_images_to_train_and_choose_on_do_not_stand_beside_their_counterparts(
     assets: Path, name: str
 ) -> None:
-    task = load_task.__wrapped__(name)
+    task = load_task(name)
     for split in ("train", "val"):
         truth = embedded_pairs("noto2twemoji", split)
         truth = truth if name == "noto2twemoji" else truth.swapped()
@@ -249,11 +249,11 @@ def test_missing_networks_are_named_with_the_command_that_makes_them(
     monkeypatch.setattr(gan.tasks, "ASSETS", tmp_path)
     for name in ("noto2twemoji", "twemoji2noto"):
         with pytest.raises(UserError, match=r"pretrain_gan\.py --task noto2twemoji --output /"):
-            load_task.__wrapped__(name)
+            load_task(name)
 
 
 def test_missing_elastic_weights_are_named_with_the_command_that_makes_them(assets: Path) -> None:
-    task = load_task.__wrapped__("twemoji2noto")
+    task = load_task("twemoji2noto")
     with pytest.raises(UserError, match=r"train_elastic\.py --task twemoji2noto --output .*/elastic_B\.safe"):
         task.shipped_elastic()
 
