@@ -108,7 +108,7 @@ RECIPES: dict[str, Recipe] = {
     "match_target": Recipe({"matching": "target"}),
     "match_teacher": Recipe({"matching": "teacher"}),
     "match_both": Recipe({"matching": "both"}),
-    "perceptual": Recipe({"perceptual": 20.0}),
+    "perceptual": Recipe({"perceptual": 100.0}),
     "dense_adversary": Recipe({"adversary": "dense"}),
     "both_adversaries": Recipe({"adversary": "both"}),
     "cosine": Recipe({"schedule": "cosine"}),

