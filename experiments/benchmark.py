@@ -16,7 +16,7 @@ from rich.table import Table
 from envs.budget import project, random_proportions, uniform_widths
 from experiments import cli
 from experiments.build import build_budgets, finetuning, prunable
-from gan.distillation import NO_INGREDIENTS, DensePair, Ingredients
+from gan.distillation import NO_INGREDIENTS, PERCEPTUAL, DensePair, Ingredients
 from gan.elastic import ElasticOptions, train_elastic
 from gan.errors import UserError
 from gan.features import load_efficientnet_lite0, prepare
@@ -176,16 +176,16 @@ SLICE = 0.25
 OUTPUTS = "native, outputs"
 KNOWN = f"{OUTPUTS} (remembered)"
 INGREDIENTS: dict[str, Ingredients] = {
-    OUTPUTS: Ingredients(),
-    f"{OUTPUTS}, aligned features": Ingredients(features="alignment"),
-    KNOWN: Ingredients(variants=1),
-    f"{KNOWN}, aligned features": Ingredients(features="alignment", variants=1),
-    f"{KNOWN}, features by adapters": Ingredients(features="adapters", variants=1),
-    f"{KNOWN}, dense adversary": Ingredients(variants=1, adversary="dense"),
-    f"{KNOWN}, both adversaries": Ingredients(variants=1, adversary="both"),
-    f"{KNOWN}, matched in the dense D": Ingredients(variants=1, matching="target"),
-    f"{KNOWN}, perceptual distance": Ingredients(variants=1, perceptual=1.0),
-    f"{OUTPUTS} of an online teacher": Ingredients(online=True),
+    OUTPUTS: NO_INGREDIENTS,
+    f"{OUTPUTS}, aligned features": replace(NO_INGREDIENTS, features="alignment"),
+    KNOWN: replace(NO_INGREDIENTS, variants=1),
+    f"{KNOWN}, aligned features": replace(NO_INGREDIENTS, features="alignment", variants=1),
+    f"{KNOWN}, features by adapters": replace(NO_INGREDIENTS, features="adapters", variants=1),
+    f"{KNOWN}, dense adversary": replace(NO_INGREDIENTS, variants=1, adversary="dense"),
+    f"{KNOWN}, both adversaries": replace(NO_INGREDIENTS, variants=1, adversary="both"),
+    f"{KNOWN}, matched in the dense D": replace(NO_INGREDIENTS, variants=1, matching="target"),
+    f"{KNOWN}, perceptual distance": replace(NO_INGREDIENTS, variants=1, perceptual=PERCEPTUAL),
+    f"{OUTPUTS} of an online teacher": replace(NO_INGREDIENTS, online=True),
 }
 """What is timed → what finetuning adds."""
 

@@ -423,7 +423,7 @@ def fingerprint(options: Options, training: TrainingOptions | CycleOptions, raw:
     return {
         "start": {agent: state_hash(network) for agent, network in zip(AGENTS, raw, strict=True)},
         "training": plain(asdict(training)),
-        "ingredients": plain(asdict(options.ingredients)),
+        "ingredients": plain(asdict(options.ingredients.settled(isinstance(training, TrainingOptions)))),
     }
 
 

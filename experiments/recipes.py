@@ -60,14 +60,9 @@ EXAMPLES = (
 LEVEL = 0.95
 """Of the intervals."""
 BASE = "base"
-"""Native losses and output distillation, nothing else: what all others are compared with."""
+"""The default: what all others are compared with."""
 DENSE = "dense"
 """The dense pair as it is."""
-OPPONENTS: dict[str, dict[str, float]] = {
-    "dense, trained on": {},
-    "dense, trained on with R1": {"gradient_penalty": 0.15},
-}
-"""The dense pair after as much further training with native losses alone: what its training adds."""
 COLUMNS = (KID, "l1", "prdc_density", "prdc_coverage", "seconds", "margin_spread")
 """Figures of a finetuning: four of ``gan.evaluation.COLUMNS``, its seconds, and the standard deviation of the
 discriminator's margin over its steps."""
@@ -99,7 +94,9 @@ class Recipe:
 
 RECIPES: dict[str, Recipe] = {
     BASE: Recipe(),
-    "native": Recipe(training={"distillation": 0.0}),
+    "plain": Recipe({"perceptual": 0.0}),
+    "native": Recipe({"perceptual": 0.0}, {"distillation": 0.0}),
+    "no_outputs": Recipe(training={"distillation": 0.0}),
     "outputs_100": Recipe(training={"distillation": 100.0}),
     "alignment": Recipe({"features": "alignment"}),
     "adapters": Recipe({"features": "adapters"}),
@@ -108,7 +105,10 @@ RECIPES: dict[str, Recipe] = {
     "match_target": Recipe({"matching": "target"}),
     "match_teacher": Recipe({"matching": "teacher"}),
     "match_both": Recipe({"matching": "both"}),
-    "perceptual": Recipe({"perceptual": 100.0}),
+    "perceptual_20": Recipe({"perceptual": 20.0}),
+    "perceptual_50": Recipe({"perceptual": 50.0}),
+    "perceptual_200": Recipe({"perceptual": 200.0}),
+    "perceptual_500": Recipe({"perceptual": 500.0}),
     "dense_adversary": Recipe({"adversary": "dense"}),
     "both_adversaries": Recipe({"adversary": "both"}),
     "cosine": Recipe({"schedule": "cosine"}),
@@ -128,7 +128,16 @@ RECIPES: dict[str, Recipe] = {
     "r1_005": Recipe(training={"gradient_penalty": 0.05}),
     "ema_0998": Recipe(training={"ema": 0.998}),
 }
-"""Name → what it changes in the finetuning that is the default."""
+"""Name → what it changes in the finetuning that is the default; ``plain`` has native losses and output
+distillation alone."""
+OPPONENTS: dict[str, Recipe] = {
+    "dense, trained on": Recipe(training={"distillation": 0.0}, weights="dense"),
+    "dense, trained on, plain": Recipe({"perceptual": 0.0}, {"distillation": 0.0}, "dense"),
+    "dense, trained on, R1": Recipe(
+        training={"distillation": 0.0, "gradient_penalty": 0.15}, weights="dense"
+    ),
+}
+"""The dense pair after as much further training, without a teacher: what the training itself adds."""
 
 
 def recipe_of(name: str) -> Recipe:
@@ -167,7 +176,7 @@ class Options:
     seeds: int = 1
     """Finetunings of each, with the seeds 0, 1, …"""
     dense: bool = False
-    """Also train the dense pair on for as long, with native losses: the fair opponent."""
+    """Also train the dense pair on for as long: the fair opponent."""
     split: Split | Literal["both"] = "val"
     """Measure on val, where choices are made, on test, where they are shown, or on both: then the tables of
     test are written when all has been finetuned."""
@@ -311,8 +320,7 @@ def train_dense_on(name: str, options: Options, folder: RunFolder, watch: Watch)
     """The dense pair after as much further training."""
     task = load_task(options.task, pick_device(options.device))
     trials = [Trial(DENSE, dense_plan(task), seed, "dense") for seed in range(options.seeds)]
-    recipe = Recipe(training={"distillation": 0.0, **OPPONENTS[name]}, weights="dense")
-    return finetune(name, recipe, trials, options, folder, watch)
+    return finetune(name, OPPONENTS[name], trials, options, folder, watch)
 
 
 def tables_of(

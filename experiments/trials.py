@@ -192,8 +192,9 @@ class Settings:
         extractor = load_extractor(device=task.device)
         # Named only where there are any: logs of finetunings without them stay readable.
         added: dict[str, Any] = {"with_test": True} if self.with_test else {}
-        if self.ingredients != NO_INGREDIENTS:
-            added["ingredients"] = asdict(self.ingredients)
+        ingredients = self.ingredients.settled(paired=task.back is None)
+        if ingredients != NO_INGREDIENTS:
+            added["ingredients"] = asdict(ingredients)
         return {
             **added,
             "task": self.task,

@@ -6,9 +6,9 @@ import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
-from typing import Literal, NamedTuple, get_args, get_type_hints
+from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -24,11 +24,15 @@ than channels, and then any features are alike to the alignment (and an adapter 
 PLACES = 64
 """Places of a map that are compared, drawn anew at each step: an 8 × 8 map is taken whole, of a larger one
 enough to tell 256 channels apart in a batch of 16."""
+PERCEPTUAL = 100.0
+"""Default weight of the perceptual distance. Less leaves grain, more washes colours out."""
 
 
 @dataclass(frozen=True)
 class Ingredients:
-    """What finetuning adds to native losses and output distillation; everything is off by default."""
+    """What finetuning adds to native losses and output distillation; all but the perceptual distance is off
+    by default.
+    """
 
     features: Literal["none", "alignment", "adapters"] = "none"
     """Distil the generator's feature maps: by kernel alignment, or through 1 × 1 adapters that are trained
@@ -42,9 +46,9 @@ class Ingredients:
     """Match what the dense discriminator's layers see in the target, in the teacher's output, or in both."""
     matching_weight: float = 10.0
     """Weight of that."""
-    perceptual: float = 0.0
-    """Weight of the distance to the target in early features of EfficientNet-Lite1, such as 100; 0 is off.
-    No figure is measured with that network: KID, FID, density and coverage use Lite0."""
+    perceptual: float | None = None
+    """Weight of the distance to the target in early features of EfficientNet-Lite1, with which no figure is
+    measured; 0 is off. By default 100 where images are pairs."""
     unseen: int = 0
     """Learn from so many further images in each step that the dense generator has not memorised (turned, and
     patched from several): from its outputs alone, and from its features where these are distilled."""
@@ -74,6 +78,12 @@ class Ingredients:
             or self.online
         )
 
+    def settled(self, paired: bool = True) -> Ingredients:
+        """With a number where the default depends on whether images are pairs."""
+        if self.perceptual is not None:
+            return self
+        return replace(self, perceptual=PERCEPTUAL if paired else 0.0)
+
     def check(self) -> None:
         """Refuse what no training can use.
 
@@ -82,7 +92,10 @@ class Ingredients:
         """
         hints = get_type_hints(type(self))
         for field in fields(self):
-            value, allowed = getattr(self, field.name), get_args(hints[field.name])
+            value, hint = getattr(self, field.name), hints[field.name]
+            if value is None:
+                continue
+            allowed = get_args(hint) if get_origin(hint) is Literal else ()
             if allowed and value not in allowed:
                 raise unknown(field.name.replace("_", " "), value, allowed)
             if not allowed and not 0 <= value < math.inf:  # NaN too
@@ -95,7 +108,7 @@ class Ingredients:
             )
 
 
-NO_INGREDIENTS = Ingredients()
+NO_INGREDIENTS = Ingredients(perceptual=0.0)
 """Native losses and output distillation alone."""
 
 
@@ -333,9 +346,7 @@ class PerceptualDistance:
     KID, FID, density and coverage are measured with Lite0, a sibling that was trained apart: what the loss
     pleases is not what the figures are made with.
 
-    Runs in float32: the depthwise convolutions of the extractor are slower in bfloat16. At 64 pixels and 16
-    images it takes 13 ms up to the first stage, 44 ms up to the second and 65 ms up to the third, beside
-    100 ms for a step of a slice at 25 % with native losses (one core with AVX-512 BF16).
+    Runs in float32: depthwise convolutions are slower in bfloat16.
 
     Args:
         stages: from :func:`gan.features.load_differentiable_stages`; images (N, 3, H, W) → maps.
@@ -343,7 +354,7 @@ class PerceptualDistance:
     """
 
     def __init__(self, stages: nn.Module | None = None, device: str | torch.device = "cpu") -> None:
-        self.stages = (load_differentiable_stages() if stages is None else stages).to(device)
+        self.stages = load_differentiable_stages(device=str(device)) if stages is None else stages.to(device)
 
     def __call__(self, made: Tensor, targets: Tensor) -> Tensor:
         """Relative distance (0-d) of made images to targets, both (N, 3, H, W) in [−1, 1]."""

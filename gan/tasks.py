@@ -320,7 +320,7 @@ class Task:
         Raises:
             UserError: ingredients for a task without pairs.
         """
-        if self.back is not None and ingredients != NO_INGREDIENTS:
+        if self.back is not None and ingredients.settled(paired=False) != NO_INGREDIENTS:
             raise UserError(
                 f"ingredients of finetuning need pairs; task {self.name!r} has none: leave their options out"
             )

@@ -118,6 +118,7 @@ class PairedTrainer(Trainer[PairedImages, tuple[Tensor, Tensor, Tensor], nn.Modu
         dense: DensePair | None = None,
     ) -> None:
         ingredients.check()
+        ingredients = ingredients.settled()
         if ingredients.needs_dense and dense is None:
             raise ValueError("these ingredients need the dense pair: hand it in as dense")
         if teacher is None and dense is not None:
@@ -137,7 +138,7 @@ class PairedTrainer(Trainer[PairedImages, tuple[Tensor, Tensor, Tensor], nn.Modu
         self.distance: FeatureDistance | None = None
         self.adapter_optimizer: torch.optim.Adam | None = None
         self.matching: DiscriminatorMatching | None = None
-        self.perceptual = PerceptualDistance(device=self.device) if ingredients.perceptual > 0 else None
+        self.perceptual = PerceptualDistance(device=self.device) if ingredients.perceptual else None
         self.taps: tuple[str, ...] = ()
         self.unseen: Iterator[tuple[Tensor, Tensor]] | None = None  # anew in each epoch
         if dense is not None:
@@ -282,7 +283,7 @@ class PairedTrainer(Trainer[PairedImages, tuple[Tensor, Tensor, Tensor], nn.Modu
             losses["matching"] = matched.detach()
         if self.perceptual is not None:
             perceived = self.perceptual(fake, targets)
-            loss = loss + ingredients.perceptual * perceived
+            loss = loss + (ingredients.perceptual or 0.0) * perceived
             losses["perceptual"] = perceived.detach()
         if self.unseen is not None:
             followed = self._follow(next(self.unseen)[0].to(self.device))

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import settings
+from torch import Tensor, nn
 
 torch.set_num_threads(1)
 
@@ -29,3 +30,22 @@ def _fixed_seeds() -> None:
     random.seed(0)
     np.random.seed(0)  # noqa: NPY002 - libraries that we call may still use the global generator
     torch.manual_seed(0)
+
+
+class _OneMap(nn.Module):
+    """A random convolution in the place of the stages of a perceptual distance."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Conv2d(3, 4, 3, padding=1).requires_grad_(False)
+
+    def forward(self, images: Tensor) -> list[Tensor]:
+        return [self.layer(images.expand(-1, 3, -1, -1)).relu()]
+
+
+@pytest.fixture(autouse=True)
+def _cheap_perception(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Finetunings of tiny networks ask a tiny one; the programs, run as a user does, ask the real one."""
+    with torch.random.fork_rng():
+        stages = _OneMap()
+    monkeypatch.setattr("gan.distillation.load_differentiable_stages", lambda **_: stages)

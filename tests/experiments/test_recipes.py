@@ -70,12 +70,15 @@ def test_the_road_and_its_resume(fake: Fake, tmp_path: Path) -> None:
         ("elastic", "test", (("distillation", 0.0),)),
         ("dense", "test", ()),
         ("dense", "test", (("distillation", 0.0),)),
+        ("dense", "test", (("distillation", 0.0),)),
         ("dense", "test", (("distillation", 0.0), ("gradient_penalty", 0.15))),
     ]
+    assert [one.ingredients.perceptual for one in fake.settings] == [0.0, None, None, 0.0, None]
     assert not any(one.with_test for one in fake.settings)
     assert sorted(path.name for path in output.glob("*.jsonl")) == [
         "dense_trained_on.jsonl",
-        "dense_trained_on_with_R1.jsonl",
+        "dense_trained_on_R1.jsonl",
+        "dense_trained_on_plain.jsonl",
         "from_dense.jsonl",
         "native.jsonl",
     ]

@@ -10,7 +10,7 @@ import pytest
 
 from experiments import trials
 from experiments.trials import Settings, Trial, TrialLog, TrialResult, Workbench, run_trials
-from gan.distillation import Ingredients
+from gan.distillation import NO_INGREDIENTS, PERCEPTUAL, Ingredients
 from gan.elastic import ElasticNetwork
 from gan.errors import UserError
 from gan.evaluation import COLUMNS
@@ -66,7 +66,9 @@ def test_ingredients_change_results_and_not_the_teacher(bench: Workbench) -> Non
     added = bench(Trial("a", PLAN, 0))
     assert steady(added.raw) == steady(plain.raw)
     assert steady(added.row) != steady(plain.row)
-    assert "ingredients" not in SETTINGS.fingerprint(bench.task)
+    plainest = replace(SETTINGS, ingredients=NO_INGREDIENTS)
+    assert "ingredients" not in plainest.fingerprint(bench.task)
+    assert SETTINGS.fingerprint(bench.task)["ingredients"]["perceptual"] == PERCEPTUAL
 
 
 def test_the_teacher_answers_once_a_seed(bench: Workbench) -> None:

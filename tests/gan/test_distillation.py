@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import copy
 import io
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,6 +13,7 @@ from gan.checkpoints import state_hash
 from gan.data import PairedImages
 from gan.distillation import (
     NO_INGREDIENTS,
+    PERCEPTUAL,
     PLACES,
     DensePair,
     DiscriminatorMatching,
@@ -46,22 +47,6 @@ EVERYTHING = Ingredients(
 @pytest.fixture
 def dense(pair: Pair) -> DensePair:
     return DensePair(pair.generator, pair.discriminator, pair.groups["generator"])
-
-
-@pytest.fixture(autouse=True)
-def _cheap_perception(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Stages of a random network instead of those of the extractor."""
-    stages = nn.Conv2d(3, 4, 3, padding=1).requires_grad_(False)
-    monkeypatch.setattr("gan.distillation.load_differentiable_stages", lambda: Listed(stages))
-
-
-class Listed(nn.Module):
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, images: Tensor) -> list[Tensor]:
-        return [self.layer(images).relu()]
 
 
 def student() -> tuple[nn.Module, nn.Module]:
@@ -212,7 +197,7 @@ def test_perceptual_distance_in_a_network_that_measures_nothing() -> None:
         (Ingredients(features="adapters", variants=2), {"features"}),
         (Ingredients(matching="target"), {"matching"}),
         (Ingredients(matching="both"), {"matching"}),
-        (Ingredients(perceptual=5.0), {"perceptual"}),
+        (Ingredients(), set()),
         (Ingredients(unseen=3), {"unseen"}),
         (Ingredients(unseen=3, features="alignment"), {"features", "unseen"}),
         (Ingredients(adversary="both"), set()),
@@ -228,7 +213,7 @@ def test_every_ingredient_trains_and_reports(
 ) -> None:
     before = [state_hash(network) for network in (dense.generator, dense.discriminator)]
     found = losses_of(ingredients, dense, amp=amp)
-    assert set(found) == {"discriminator", "adversarial", "l1", "distillation"} | names
+    assert set(found) == {"discriminator", "adversarial", "l1", "distillation", "perceptual"} | names
     assert [state_hash(network) for network in (dense.generator, dense.discriminator)] == before
 
 
@@ -240,15 +225,22 @@ def weights_after(ingredients: Ingredients, dense: DensePair | None) -> list[str
 
 
 def test_no_ingredient_is_the_finetuning_without_any(dense: DensePair) -> None:
-    plain = weights_after(Ingredients(), None)
-    assert weights_after(Ingredients(), dense) == plain
+    plain = weights_after(NO_INGREDIENTS, None)
+    assert weights_after(NO_INGREDIENTS, dense) == plain
+    assert weights_after(Ingredients(perceptual=PERCEPTUAL), dense) == weights_after(Ingredients(), dense)
     for changed in (
-        Ingredients(features="alignment"),
-        Ingredients(matching="target"),
-        Ingredients(adversary="dense"),
-        Ingredients(schedule="cosine"),
-        Ingredients(variants=1),
-        Ingredients(online=True),
+        Ingredients(),
+        *(
+            replace(NO_INGREDIENTS, **change)
+            for change in (
+                {"features": "alignment"},
+                {"matching": "target"},
+                {"adversary": "dense"},
+                {"schedule": "cosine"},
+                {"variants": 1},
+                {"online": True},
+            )
+        ),
     ):
         assert weights_after(changed, dense)[0] != plain[0], changed
 
@@ -418,10 +410,11 @@ def test_wrong_ingredients_are_a_sentence(change: dict[str, Any], sentence: str)
         Ingredients(**change).check()
 
 
-def test_all_ingredients_are_off_by_default() -> None:
+def test_the_perceptual_distance_is_on_where_images_are_pairs_and_all_else_off() -> None:
     assert not Ingredients().needs_dense
-    assert all(field.default is not None for field in fields(Ingredients))
-    Ingredients().check()
+    assert Ingredients().settled() == replace(NO_INGREDIENTS, perceptual=PERCEPTUAL)
+    assert Ingredients().settled(paired=False) == NO_INGREDIENTS
+    assert Ingredients(perceptual=3.0).settled(paired=False).perceptual == 3.0
 
 
 def test_an_ingredient_that_diverges_is_a_sentence(dense: DensePair, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -168,8 +168,10 @@ def test_pairs_are_finetuned_by_the_trainer_of_their_task(task: Task) -> None:
     assert state_hash(generator) != state_hash(pair[0])
     assert state_hash(discriminator) != state_hash(pair[1])
     assert state_hash(task.back) == before
-    with pytest.raises(UserError, match="need pairs; task 'tiny' has none"):
-        task.finetuner(*pair, pair[0], options, Ingredients(schedule="cosine"))
+    task.check_ingredients(Ingredients())
+    for given in (Ingredients(schedule="cosine"), Ingredients(perceptual=100.0)):
+        with pytest.raises(UserError, match="need pairs; task 'tiny' has none"):
+            task.finetuner(*pair, pair[0], options, given)
     paired = replace(task, back=None).finetuner(tiny_generator(), tiny_discriminator(), pair[0], FINETUNING)
     assert isinstance(paired, PairedTrainer)
 
