@@ -21,6 +21,7 @@ from experiments.comparison import Job, RunOptions, Study, WarmUp
 from experiments.runs import read_json
 from experiments.searching import Problem
 from experiments.trials import Settings, Trial, TrialLog
+from gan.distillation import Ingredients
 from gan.evaluation import Judge
 from gan.features import load_extractor
 from gan.plans import Plan
@@ -260,7 +261,7 @@ def seconds_of_training(task: Task, run: RunOptions) -> tuple[float, float]:
     def on_epoch(progress: TrainingProgress) -> None:
         ends.append(progress.seconds)
 
-    task.finetuner(*pair, dense[0], options).fit(few, on_epoch)
+    task.finetuner(*pair, dense[0], options, Ingredients()).fit(few, on_epoch)
     step = (ends[1] - ends[0]) / max(1, len(few) // options.batch_size)
     judge = Judge.build(*dense, task.test.take(JUDGED_IMAGES), load_extractor(device=task.device))
     started = time.perf_counter()

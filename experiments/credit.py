@@ -7,7 +7,7 @@ import json
 import math
 import statistics
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,6 +23,7 @@ from experiments.searching import Problem
 from experiments.trials import Discriminator, Settings, Trial, TrialResult, run_trials
 from experiments.watch import Watch
 from gan.cost import DEFAULT_COST
+from gan.distillation import Ingredients
 from gan.errors import UserError
 from gan.evaluation import KID
 from gan.files import write_json
@@ -192,7 +193,10 @@ def settings_of(folder: RunFolder, options: Mapping[str, Any], device: str) -> S
     weights = str(folder.elastic) if start == "elastic" and folder.elastic.is_file() else start
     quick = bool(options.get("quick"))
     epochs = 1 if quick else max(1, int(options.get("epochs", 10)))
-    return Settings.of(task_of(folder), weights, epochs, image_counts(quick), device, "test")
+    known = {"perceptual": 0.0, **options.get("ingredients", {})}  # there was none in older versions
+    ingredients = Ingredients(**{name: value for name, value in known.items() if value is not None})
+    settings = Settings.of(task_of(folder), weights, epochs, image_counts(quick), device, "test")
+    return replace(settings, ingredients=ingredients)
 
 
 def balance_of_search(searched: Searched) -> GapHistory:

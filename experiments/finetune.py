@@ -198,13 +198,18 @@ def open_folder(options: Options) -> tuple[Options, FinetuneFolder]:
     check(options)
     assert options.source is not None
     plan, task, weights, start = read_source(options)
+    task.check_ingredients(options.ingredients)
     try:
         pair = task.cut(weights, plan)
     except (KeyError, ValueError) as error:
         raise UserError(f"the plan of {options.source} does not fit {task.name}: {error.args[0]}") from error
     epochs = None if options.minutes is not None else options.epochs or FINETUNING.epochs
     source = options.source.resolve()
-    options = replace(options, source=source, task=task.reference, start=start, epochs=epochs)
+    # As numbers: a default that changes later must not change what is resumed.
+    ingredients = options.ingredients.settled(task.back is None)
+    options = replace(
+        options, source=source, task=task.reference, start=start, epochs=epochs, ingredients=ingredients
+    )
     folder = create_run(task.name, "finetune", options.seed, options.output)
     describe_run(folder, options, device=str(task.device), threads=torch.get_num_threads())
     write_json(folder.plan, {"best": plan.to_dict()})
@@ -423,7 +428,7 @@ def fingerprint(options: Options, training: TrainingOptions | CycleOptions, raw:
     return {
         "start": {agent: state_hash(network) for agent, network in zip(AGENTS, raw, strict=True)},
         "training": plain(asdict(training)),
-        "ingredients": plain(asdict(options.ingredients.settled(isinstance(training, TrainingOptions)))),
+        "ingredients": plain(options.ingredients.described(isinstance(training, TrainingOptions))),
     }
 
 

@@ -98,18 +98,36 @@ def main(options: Options) -> None:
     if tuned:
         title, learned = tunings([read_finetuning(path) for path in tuned])
         save_figure(learning_curves(learned, title), options.output)
-        print(f"{options.output}: {', '.join(f'{one.label} ({len(one.frame)} epochs)' for one in learned)}")
+        print(f"{options.output}: {', '.join(f'{one.label} ({epochs(one)} epochs)' for one in learned)}")
         return
     title, series = group([read_run(path) for path in paths.values()])
     save_figure(curves(series, options.window, title), options.output)
     print(f"{options.output}: {', '.join(f'{one.label} ({len(one.metrics)})' for one in series)}")
 
 
+def epochs(curve: LearningCurve) -> int:
+    """How many were trained; 0 is the start."""
+    return int(curve.frame["epoch"].max())
+
+
 def tunings(found: Sequence[Finetuning]) -> tuple[str, list[LearningCurve]]:
-    """A title, and one curve per finetuning under the name of its folder."""
-    tasks = dict.fromkeys(Path(one.options["task"]).name for one in found)
-    learned = [LearningCurve(one.folder.path.name, one.epochs, one.dense) for one in found]
-    return f"{', '.join(tasks)}: finetuning, val images", learned
+    """A title, and one curve per finetuning under the name of its folder, or its path where names are equal.
+
+    Raises:
+        UserError: finetunings of several tasks, whose figures cannot be compared.
+    """
+    tasks = list(dict.fromkeys(Path(one.options["task"]).name for one in found))
+    if len(tasks) > 1:
+        raise UserError(
+            f"these are finetunings of {' and '.join(tasks)}; draw each task in a figure of its own"
+        )
+    names = [one.folder.path.resolve().name for one in found]
+    labels = [
+        name if names.count(name) == 1 else str(one.folder.path)
+        for name, one in zip(names, found, strict=True)
+    ]
+    learned = [LearningCurve(label, one.epochs, one.dense) for label, one in zip(labels, found, strict=True)]
+    return f"{tasks[0]}: finetuning, val images", learned
 
 
 if __name__ == "__main__":

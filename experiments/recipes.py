@@ -246,7 +246,9 @@ def main(options: Options) -> None:
         if settings.with_test:
             shown = dense_row(task, replace(settings, split="test"))
             report(options, folder, tables_of(results, test=True), shown, test=True)
-    show_table(folder.path / "table.md", console)
+    for name in ("table.md", "table_test.md"):
+        if (folder.path / name).is_file():
+            show_table(folder.path / name, console)
 
 
 def open_study(options: Options) -> tuple[Options, RunFolder]:

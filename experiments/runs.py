@@ -604,7 +604,8 @@ class Finetuning:
         options: those it was made with.
         epochs: one row per epoch with ``epoch``, ``seconds`` and, where measured, ``val_kid`` and ``val_l1``;
             epoch 0 is the start.
-        dense: the val figures of the dense pair; empty while the finetuning goes on.
+        dense: the val figures of the dense pair; empty while the finetuning goes on, and where an older
+            version did not keep them.
     """
 
     folder: RunFolder
@@ -625,14 +626,19 @@ def read_finetuning(path: Path) -> Finetuning:
         UserError: no such folder, no run folder, nothing logged, damaged; one sentence each.
     """
     folder = open_run(path)
-    log = folder.path / EPOCHS
-    whole = log.read_text().rpartition("\n")[0].splitlines()
+    log, options = folder.path / EPOCHS, read_json(folder.options)
+    if not isinstance(options.get("task"), str):
+        raise UserError(f"{folder.options} lacks the task; finetune again")
     try:
+        whole = log.read_text().rpartition("\n")[0].splitlines()
         entries = {int(entry["epoch"]): entry for entry in map(json.loads, whole[1:])}
-        frame = pd.DataFrame([entries[epoch] for epoch in sorted(entries)])
-        if not {"epoch", "seconds", "val_kid"} <= set(frame):
+        measured = pd.DataFrame([entries[epoch] for epoch in sorted(entries)])
+        drawn = [name for name in ("epoch", "seconds", "val_kid", "val_l1") if name in measured]
+        if not {"seconds", "val_kid"} <= set(drawn):
             raise KeyError("no epoch with its seconds and KID")
-    except (ValueError, KeyError, TypeError) as error:
+        frame = measured[drawn].astype(float)
+        about = read_json(folder.evaluation) if folder.evaluation.is_file() else {}
+        dense = {name: float(value) for name, value in dict(about.get("val_of_dense", {})).items()}
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{log} cannot be drawn ({error}); wait for an epoch, or finetune again") from error
-    dense = read_json(folder.evaluation).get("val_of_dense", {}) if folder.evaluation.is_file() else {}
-    return Finetuning(folder, read_json(folder.options), frame, dense)
+    return Finetuning(folder, options, frame, dense)

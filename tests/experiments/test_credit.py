@@ -3,6 +3,7 @@ from __future__ import annotations
 import itertools
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from experiments.credit import (
     Searched,
     balance_of_search,
     describe_credit,
+    settings_of,
     shapley_values,
     share_credit,
     summary,
@@ -20,6 +22,7 @@ from experiments.credit import (
 )
 from experiments.runs import RunFolder
 from experiments.trials import Trial, TrialResult
+from gan.distillation import NO_INGREDIENTS, Ingredients
 from gan.evaluation import KID
 from gan.evaluations import EvaluationLog
 from gan.plans import Plan
@@ -47,6 +50,25 @@ def test_shapley_of_three_is_the_mean_over_orders() -> None:
             marginal.append(gains[before | {agent}] - gains[before])
         assert values[agent] == pytest.approx(np.mean(marginal))
     assert sum(values.values()) == pytest.approx(gains[frozenset(agents)] - gains[frozenset()])
+
+
+@pytest.mark.parametrize(
+    ("options", "ingredients"),
+    [
+        ({}, NO_INGREDIENTS),  # of a version without any
+        ({"ingredients": {"perceptual": 0.0}}, NO_INGREDIENTS),
+        ({"ingredients": {"perceptual": 7.0, "variants": 2}}, Ingredients(perceptual=7.0, variants=2)),
+    ],
+)
+def test_plans_are_finetuned_as_the_run_did(
+    options: dict[str, Any], ingredients: Ingredients, tmp_path: Path
+) -> None:
+    folder = RunFolder(tmp_path)
+    folder.elastic_reference.write_text('{"start": "dense"}')
+    folder.options.write_text('{"task": "edges2emoji"}')
+    settings = settings_of(folder, options, "cpu")
+    assert settings.ingredients == ingredients
+    assert (settings.weights, settings.split) == ("dense", "test")
 
 
 def test_shares_sum_to_the_gain_and_cost_no_evaluation(tmp_path: Path) -> None:

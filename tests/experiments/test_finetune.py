@@ -16,7 +16,7 @@ from experiments.runs import create_run, describe_run
 from gan import networks
 from gan.checkpoints import load_network, tensors_hash
 from gan.cyclegan import CYCLE_FINETUNING
-from gan.distillation import Ingredients
+from gan.distillation import PERCEPTUAL, Ingredients
 from gan.errors import UserError
 from gan.evaluation import COLUMNS
 from gan.files import write_json
@@ -347,6 +347,9 @@ def test_the_command_line_knows_every_ingredient(
     resolved = json.loads((tmp_path / "out" / "options.json").read_text())
     assert resolved["ingredients"]["features"] == "alignment"
     assert resolved["ingredients"]["matching"] == "target"
+    assert resolved["ingredients"]["perceptual"] == PERCEPTUAL  # a number, whatever the default will be
+    header = json.loads((tmp_path / "out" / "log.jsonl").read_text().splitlines()[0])
+    assert "EfficientNet-Lite1" in header["ingredients"]["perceived_by"]
     assert "the finetuned pair is kept" in (text := capsys.readouterr().out) or "the start is kept" in text
     assert [entry["epoch"] for entry in entries(tmp_path / "out")] == [0, 1, 2]  # quick
 

@@ -62,7 +62,7 @@ def finetuning(folder: Path, epochs: Sequence[float], dense: float | None = None
 def test_finetunings_are_drawn_by_their_epochs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folders = [finetuning(tmp_path / "a", (0.6, 0.4, 0.3), 0.2), finetuning(tmp_path / "b", (0.5, 0.4))]
     call([*folders, "--output", str(tmp_path / "tuned.svg")])
-    assert "a (3 epochs), b (2 epochs)" in capsys.readouterr().out
+    assert "a (2 epochs), b (1 epochs)" in capsys.readouterr().out
     title, curves = tunings([read_finetuning(Path(folder)) for folder in folders])
     assert title == "edges2emoji: finetuning, val images"
     assert [dict(curve.dense) for curve in curves] == [{"val_kid": 0.2}, {}]
@@ -83,6 +83,36 @@ def test_searches_and_finetunings_are_two_figures(tmp_path: Path, make_run: Call
 def test_a_finetuning_without_an_epoch_is_a_sentence(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="cannot be drawn"):
         main(Options((Path(finetuning(tmp_path / "tuned", ())),), tmp_path / "x.png"))
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("options.json", "{}"),
+        ("options.json", '{"task": null}'),
+        ("evaluation.json", "[]"),
+        ("evaluation.json", '{"val_of_dense": null}'),
+        ("evaluation.json", '{"val_of_dense": {"val_kid": null}}'),
+        ("log.jsonl", '{"format": 1}\n{"epoch": 0, "seconds": "x", "val_kid": 0.3}\n'),
+        ("log.jsonl", '{"format": 1}\n{"epoch": 0}\n'),
+        ("log.jsonl", "\udcff\n"),
+    ],
+)
+def test_a_damaged_finetuning_is_a_sentence(name: str, content: str, tmp_path: Path) -> None:
+    folder = Path(finetuning(tmp_path / "tuned", (0.6, 0.4), 0.2))
+    (folder / name).write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(UserError):
+        main(Options((folder,), tmp_path / "x.png"))
+    assert not (tmp_path / "x.png").exists()
+
+
+def test_finetunings_of_equal_names_and_other_tasks(tmp_path: Path) -> None:
+    folders = [Path(finetuning(tmp_path / place / "tuned", (0.6, 0.4))) for place in "ab"]
+    _, curves = tunings([read_finetuning(folder) for folder in folders])
+    assert [curve.label for curve in curves] == [str(folder) for folder in folders]
+    (folders[1] / "options.json").write_text('{"task": "edges2emoji_resnet"}')
+    with pytest.raises(UserError, match="finetunings of edges2emoji and edges2emoji_resnet; draw each"):
+        main(Options(tuple(folders), tmp_path / "x.png"))
 
 
 def test_too_many_finetunings_are_a_sentence(tmp_path: Path) -> None:

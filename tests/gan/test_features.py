@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from gan.distillation import Ingredients
+from gan.distillation import NO_INGREDIENTS, Ingredients
 from gan.errors import UserError
 from gan.features import (
     PATCH_BLOCK,
@@ -20,6 +20,7 @@ from gan.features import (
     load_stages,
     prepare,
 )
+from gan.tasks import load_task
 
 
 @pytest.fixture(scope="module")
@@ -176,9 +177,10 @@ def test_a_missing_package_of_the_perceptual_loss_is_a_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(UserError, match=f"'{package}' is missing"):
         load_differentiable_stages(40)
+    task = load_task("edges2emoji")
     with pytest.raises(UserError, match=f"'{package}' is missing"):
-        Ingredients().check()
-    Ingredients(perceptual=0.0).check()
+        task.check_ingredients(Ingredients())
+    task.check_ingredients(NO_INGREDIENTS)
 
 
 @pytest.mark.gpu

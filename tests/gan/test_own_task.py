@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from gan.checkpoints import state_hash
+from gan.checkpoints import load_network, save_network, state_hash
 from gan.cyclegan import CYCLE_FINETUNING
 from gan.data import PairedImages, to_float
 from gan.errors import UserError
@@ -296,6 +296,17 @@ def test_a_folder_keeps_the_way_back(cycle, images_for_all, tmp_path):
     trainer.fit(task.train, lambda progress: told.append(progress.losses))
     assert {"cycle", "cycle back", "identity", "adversarial", "distillation"} <= set(told[0])
     assert len(trainer.cycle.learners["A"].pool.images) == 8  # 2 steps of 4
+
+
+def test_another_way_back_is_another_task(cycle, images_for_all, tmp_path):
+    folder = save_own_task(tmp_path / "task", make_own_task(cycle))
+    before = load_task(str(folder))
+    assert load_task(str(folder)) is before
+    network, architecture, _ = load_network(folder / "back.safetensors")
+    with torch.no_grad():
+        next(network.parameters()).add_(1)
+    save_network(folder / "back.safetensors", network, architecture, {})
+    assert state_hash(load_task(str(folder)).back) != state_hash(before.back)
 
 
 def test_another_image_of_the_target_domain_is_noticed(cycle, images_for_all, tmp_path):
