@@ -177,6 +177,7 @@ OUTPUTS = "native, outputs"
 KNOWN = f"{OUTPUTS} (remembered)"
 INGREDIENTS: dict[str, Ingredients] = {
     OUTPUTS: NO_INGREDIENTS,
+    f"{OUTPUTS}, perceptual distance (today's default)": Ingredients(),
     f"{OUTPUTS}, aligned features": replace(NO_INGREDIENTS, features="alignment"),
     KNOWN: replace(NO_INGREDIENTS, variants=1),
     f"{KNOWN}, aligned features": replace(NO_INGREDIENTS, features="alignment", variants=1),
