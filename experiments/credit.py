@@ -193,8 +193,8 @@ def settings_of(folder: RunFolder, options: Mapping[str, Any], device: str) -> S
     weights = str(folder.elastic) if start == "elastic" and folder.elastic.is_file() else start
     quick = bool(options.get("quick"))
     epochs = 1 if quick else max(1, int(options.get("epochs", 10)))
-    known = {"perceptual": 0.0, **options.get("ingredients", {})}  # there was none in older versions
-    ingredients = Ingredients(**{name: value for name, value in known.items() if value is not None})
+    # Older versions knew no perceptual distance.
+    ingredients = Ingredients(**{"perceptual": 0.0, **options.get("ingredients", {})})
     settings = Settings.of(task_of(folder), weights, epochs, image_counts(quick), device, "test")
     return replace(settings, ingredients=ingredients)
 

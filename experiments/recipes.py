@@ -130,14 +130,12 @@ RECIPES: dict[str, Recipe] = {
 }
 """Name → what it changes in the finetuning that is the default; ``plain`` has native losses and output
 distillation alone."""
-OPPONENTS: dict[str, Recipe] = {
-    "dense, trained on": Recipe(training={"distillation": 0.0}, weights="dense"),
-    "dense, trained on, plain": Recipe({"perceptual": 0.0}, {"distillation": 0.0}, "dense"),
-    "dense, trained on, R1": Recipe(
-        training={"distillation": 0.0, "gradient_penalty": 0.15}, weights="dense"
-    ),
+OPPONENTS = {
+    "dense, trained on": "from_dense+no_outputs",
+    "dense, trained on, plain": "from_dense+native",
+    "dense, trained on, R1": "from_dense+no_outputs+r1",
 }
-"""The dense pair after as much further training, without a teacher: what the training itself adds."""
+"""What it is called → recipe of the dense pair's own further training, without a teacher."""
 
 
 def recipe_of(name: str) -> Recipe:
@@ -322,7 +320,7 @@ def train_dense_on(name: str, options: Options, folder: RunFolder, watch: Watch)
     """The dense pair after as much further training."""
     task = load_task(options.task, pick_device(options.device))
     trials = [Trial(DENSE, dense_plan(task), seed, "dense") for seed in range(options.seeds)]
-    return finetune(name, OPPONENTS[name], trials, options, folder, watch)
+    return finetune(name, recipe_of(OPPONENTS[name]), trials, options, folder, watch)
 
 
 def tables_of(

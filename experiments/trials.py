@@ -104,8 +104,7 @@ class TrialResult:
         numbers = (data[name] for name in ("margin_mean", "margin_spread", "seconds"))
         margins = tuple(map(float, data.get("margins", ())))
         mean, spread, seconds = map(float, numbers)
-        figures = (dict(data.get(name, {})) for name in ("raw", "row", "test"))
-        raw, row, test = figures
+        raw, row, test = dict(data["raw"]), dict(data["row"]), dict(data.get("test", {}))
         return cls(trial, raw, row, mean, spread, seconds, margins, test)
 
 

@@ -327,9 +327,11 @@ class Task:
         Raises:
             UserError: ingredients for a task without pairs, or without their weights.
         """
-        if self.back is None and ingredients.settled().perceptual:
-            lite_weights(1)
-        if self.back is not None and ingredients.settled(paired=False) != NO_INGREDIENTS:
+        settled = ingredients.settled(paired=self.back is None)
+        if self.back is None:
+            if settled.perceptual:
+                lite_weights(1)
+        elif settled != NO_INGREDIENTS:
             raise UserError(
                 f"ingredients of finetuning need pairs; task {self.name!r} has none: leave their options out"
             )
