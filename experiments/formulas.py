@@ -858,7 +858,7 @@ class Stage:
             generator,
             discriminator,
             options,
-            self.bench.lessons(self.seed),
+            self.bench.lessons(options),
             pairs=self.bench.train,
             marks=marks,
             on_mark=on_mark,

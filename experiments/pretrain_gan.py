@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from experiments import cli
 from experiments.build import pick_device
@@ -33,6 +32,7 @@ from gan.cyclegan import (
     start_as_identity,
 )
 from gan.data import embedded_pairs, embedded_unpaired, to_float, to_uint8
+from gan.distillation import NO_INGREDIENTS, PERCEPTUAL
 from gan.errors import UserError, unknown
 from gan.evaluation import KID
 from gan.features import load_extractor
@@ -48,8 +48,9 @@ EXAMPLES = (
     ("python experiments/pretrain_gan.py", "remake the embedded pair, about 30 minutes on 2 cores"),
     ("python experiments/pretrain_gan.py --epochs 5 --output try", "a short look"),
     (
-        "python experiments/pretrain_gan.py --task edges2emoji_resnet --training.amp --epochs 70",
-        "remake the ResNet's pair",
+        "python experiments/pretrain_gan.py --task edges2emoji_resnet --training.amp --epochs 70"
+        " --training.learning-rate 2e-4 --training.gradient-penalty 0 --perceptual 0",
+        "remake the ResNet's pair, which has the losses of Pix2Pix alone",
     ),
     (
         "python experiments/pretrain_gan.py --task noto2twemoji --cycle.amp --minutes 150",
@@ -76,7 +77,12 @@ class Options:
     """Base width of the discriminators; the task's own by default."""
     keep_every: int = 10
     """Keep the averaged generators and a picture of val images every so many epochs."""
-    training: TrainingOptions = field(default_factory=lambda: TrainingOptions(epochs=90))
+    perceptual: float = PERCEPTUAL
+    """Weight of the distance to the target in early features of EfficientNet-Lite1, in the training of paired
+    tasks; 0 is off."""
+    training: TrainingOptions = field(
+        default_factory=lambda: TrainingOptions(epochs=100, learning_rate=2e-3, gradient_penalty=0.15)
+    )
     """Options of the training of paired tasks."""
     cycle: CycleOptions = field(default_factory=lambda: CycleOptions(epochs=100))
     """Options of the training of unpaired tasks."""
@@ -159,7 +165,8 @@ def main(options: Options) -> None:
         "task": options.task,
         "image_size": int(next(iter(work.picture(result).values())).shape[-1]),
         "command": f"python experiments/pretrain_gan.py --task {options.task}",
-        "training": asdict(work.options),
+        "training": asdict(work.options)
+        | ({"perceptual": options.perceptual} if options.task in TASKS else {}),
         "epochs": trainer.epoch,
     }
     for name, network in work.networks(result).items():
@@ -178,6 +185,7 @@ def check(options: Options) -> None:
             raise UserError(f"--{name.replace('_', '-')} is {value}; it must be 1 or more")
     if options.minutes is not None and not options.minutes > 0:
         raise UserError(f"--minutes is {options.minutes:g}; it must be more than 0")
+    replace(NO_INGREDIENTS, perceptual=options.perceptual).check()
     if options.minutes is not None and options.epochs is not None:
         raise UserError("--epochs and --minutes both say when to end; give one of them")
 
@@ -188,12 +196,15 @@ def paired_work(recipe: TaskRecipe, options: Options, device: torch.device) -> W
     train, val = (embedded_pairs(recipe.images, split) for split in ("train", "val"))
     architectures = _architectures(recipe, options)
     generator, discriminator = _fresh(list(architectures.values()), length, device)
-    trainer = PairedTrainer(generator, discriminator, length)
+    added = replace(NO_INGREDIENTS, perceptual=options.perceptual)
+    trainer = PairedTrainer(generator, discriminator, length, ingredients=added)
     inputs, targets = (to_float(images).to(device) for images in (val.inputs, val.targets))
+    extractor = load_extractor(device=device)
+    features = extractor(targets)
 
     def measure(result: nn.Module) -> dict[str, float]:
-        with torch.no_grad():
-            return {"val_l1": float(F.l1_loss(result(inputs), targets))}
+        made = to_float(to_uint8(run_batched(result, inputs)))
+        return {f"val_{KID}": kid(features, extractor(made)), "val_l1": image_l1(made, targets)}
 
     return Work(
         trainer,

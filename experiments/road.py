@@ -287,7 +287,9 @@ class Finetuning:
         self.training = finetuning_of(first, sizes.epochs, options.seed)
         # The teacher answers once for all stages.
         self.lessons = Lessons(
-            first.networks["generator"], remembered_batches(first, self.training.batch_size)
+            first.networks["generator"],
+            remembered_batches(first, self.training.batch_size),
+            self.training.amp,
         )
 
     def __call__(self, name: str, pairs: Pairs, seconds: float | None = None) -> Pairs:

@@ -25,7 +25,7 @@ from gan.errors import UserError, unknown
 from gan.evaluation import Judge
 from gan.features import load_extractor
 from gan.files import file_hash
-from gan.loop import TrainingProgress
+from gan.loop import LoopOptions, TrainingProgress
 from gan.plans import Plan
 from gan.tasks import AGENTS, Task, load_elastic, load_task
 from gan.training import Lessons, TrainingOptions
@@ -257,7 +257,7 @@ class Workbench:
         settings = self.settings
         options = settings.options(trial.seed, self.task)
         try:
-            lessons = self.lessons(trial.seed)
+            lessons = self.lessons(options)
             trainer = self.task.finetuner(*pair, lessons, options, settings.ingredients, self.dense)
             tuned = trainer.pair(trainer.fit(self.train, on_epoch))
         except UserError as error:  # it has diverged
@@ -280,16 +280,16 @@ class Workbench:
             discriminator = self.task.networks["discriminator"]
         return generator, discriminator
 
-    def lessons(self, seed: int) -> Lessons:
-        """The teacher's answers for one seed; those of the seed before are forgotten.
+    def lessons(self, options: LoopOptions) -> Lessons:
+        """The teacher's answers for the seed of a training; those of the seed before are forgotten.
 
         Where time is what trials share, each asks its own teacher: nobody gains steps from coming second.
         """
         if self.settings.seconds is not None:
-            return Lessons(self.task.networks["generator"], limit=0)
-        if self._lessons is None or self._lessons[0] != seed:
+            return Lessons(self.task.networks["generator"], 0, options.amp)
+        if self._lessons is None or self._lessons[0] != options.seed:
             self._lessons = None  # freed first: two sets of answers need not fit side by side
-            self._lessons = seed, Lessons(self.task.networks["generator"])
+            self._lessons = options.seed, Lessons(self.task.networks["generator"], amp=options.amp)
         return self._lessons[1]
 
 

@@ -27,7 +27,7 @@ from gan.loop import (
     trainable_copy,
     with_statistics,
 )
-from gan.losses import AdversarialKind, output_distillation
+from gan.losses import AdversarialKind, output_distillation, total_variation
 from gan.networks import UnetGenerator
 
 Direction = Literal["A", "B"]
@@ -60,6 +60,9 @@ class CycleOptions(LoopOptions):
     """Weight of the distance between an image and its translation there and back."""
     identity: float = 0.5
     """Weight of the distance between a target image and its own translation, as a share of that."""
+    smoothness: float = 0.0
+    """Weight of the total variation of what a generator changes, its output minus its input: for styles that
+    differ in colour and shading. A grain too fine to be seen hides what closes the cycle; this makes it dear."""
     pool: int = 50
     """Made images that the discriminators are shown again; 0 shows them the newest only."""
     discriminator_batches: int = 1
@@ -277,6 +280,10 @@ class CycleTrainer(Trainer[UnpairedImages, tuple[Tensor, Tensor], dict[Direction
                 same = F.l1_loss(self._translate(direction, targets[direction]), targets[direction])
                 total = total + options.identity * options.cycle * same
                 losses[f"identity {direction}"] = same.detach()
+            if options.smoothness > 0:
+                rough = total_variation(made[direction] - sources[direction])
+                total = total + options.smoothness * rough
+                losses[f"roughness {direction}"] = rough.detach()
             if options.distillation > 0:
                 with torch.no_grad():
                     lesson = run_network(self.teachers[direction], sources[direction], options.amp)

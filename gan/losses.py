@@ -49,6 +49,15 @@ def output_distillation(student: Tensor, teacher: Tensor) -> Tensor:
     return F.l1_loss(student, teacher)
 
 
+def total_variation(images: Tensor) -> Tensor:
+    """Mean absolute difference of neighbouring pixels, down and across, (N, C, H, W) → 0-d.
+
+    Rudin, Osher & Fatemi, "Nonlinear total variation based noise removal algorithms", Physica D 60, 1992;
+    anisotropic.
+    """
+    return images.diff(dim=-2).abs().mean() + images.diff(dim=-1).abs().mean()
+
+
 def kernel_alignment(student: Tensor, teacher: Tensor) -> Tensor:
     """How alike two sets of features are, whatever their channels are called: in [0, 1], 1 = alike.
 

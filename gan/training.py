@@ -50,10 +50,13 @@ class Lessons:
     Args:
         teacher: the dense generator.
         limit: batches that are remembered, of 0.4 MB each at 16 images of 64 × 64 (float16).
+        amp: ask a copy of the teacher that runs in bfloat16.
     """
 
-    def __init__(self, teacher: nn.Module, limit: int = 1000) -> None:
-        self.teacher = teacher.eval()
+    def __init__(self, teacher: nn.Module, limit: int = 1000, amp: bool = False) -> None:
+        if amp:  # in the memory format that bfloat16 convolutions are quick in
+            teacher = copy.deepcopy(teacher).to(memory_format=torch.channels_last)
+        self.teacher, self.amp = teacher.eval(), amp
         self.limit = limit
         self._known: dict[int, tuple[Tensor, Tensor]] = {}
 
@@ -69,7 +72,7 @@ class Lessons:
             seen, outputs = self._known[step]
             if seen.shape == mark.shape and torch.equal(seen, mark):
                 return outputs.float()
-        outputs = self.teacher(inputs).float()
+        outputs = run_network(self.teacher, inputs, self.amp)
         if step in self._known or len(self._known) < self.limit:
             # Rounded at once, so that the first training and the later ones see the same lesson.
             self._known[step] = (mark, outputs.half())
@@ -129,7 +132,7 @@ class PairedTrainer(Trainer[PairedImages, tuple[Tensor, Tensor, Tensor], nn.Modu
         self.options: TrainingOptions = options
         self.schedule = ingredients.schedule
         self.generator, self.ingredients = generator, ingredients
-        self.lessons = Lessons(teacher, limit=0) if isinstance(teacher, nn.Module) else teacher
+        self.lessons = Lessons(teacher, 0, options.amp) if isinstance(teacher, nn.Module) else teacher
         self.averaged = copy.deepcopy(generator).eval().requires_grad_(False)
         self.generator_optimizer = adam(generator)
         self.critics = [Critic(discriminator, options, self.random)]

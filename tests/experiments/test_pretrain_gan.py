@@ -105,9 +105,17 @@ def test_only_the_end_of_a_training_may_move(options: Options, tmp_path: Path) -
 def test_paired_tasks_are_pretrained_by_the_same_program(options: Options, tmp_path: Path) -> None:
     main(replace(options, task="edges2emoji", epochs=1))
     folder = tmp_path / "edges2emoji"
-    assert load_network(folder / "generator.safetensors")[1].name == "unet_64"
+    _, architecture, recipe = load_network(folder / "generator.safetensors")
+    assert (architecture.name, recipe["training"]["perceptual"]) == ("unet_64", 100.0)
     assert load_network(folder / "discriminator.safetensors")[1].in_channels == 6
-    assert "val_l1" in rows(folder)[0]
+    assert {"val_l1", "val_kid_efficientnet_lite0", "perceptual"} <= set(rows(folder)[0])
+
+
+def test_the_perceptual_distance_of_pretraining_can_be_turned_off(options: Options, tmp_path: Path) -> None:
+    main(replace(options, task="edges2emoji", epochs=1, perceptual=0.0))
+    folder = tmp_path / "edges2emoji"
+    assert "perceptual" not in rows(folder)[0]
+    assert load_network(folder / "generator.safetensors")[2]["training"]["perceptual"] == 0
 
 
 @pytest.mark.parametrize(
@@ -115,6 +123,7 @@ def test_paired_tasks_are_pretrained_by_the_same_program(options: Options, tmp_p
     [
         ({"task": "noto2emoji"}, r"unknown task 'noto2emoji'; .*noto2twemoji"),
         ({"ngf": 0}, "--ngf is 0; it must be 1 or more"),
+        ({"perceptual": -1.0}, "perceptual"),
         ({"epochs": 0}, "--epochs is 0; it must be 1 or more"),
         ({"epochs": None, "minutes": 0.0}, "--minutes is 0; it must be more than 0"),
         ({"minutes": 5.0}, "--epochs and --minutes both say when to end"),

@@ -25,6 +25,7 @@ from gan.cyclegan import (
 )
 from gan.data import UnpairedImages, embedded_pairs, to_float
 from gan.loop import TrainingProgress
+from gan.losses import total_variation
 from gan.networks import Architecture, initialise
 from tests.gan.conftest import SIZE, random, tiny_discriminator, tiny_generator, tiny_pairs
 
@@ -93,7 +94,7 @@ def test_a_resumed_training_equals_an_uninterrupted_one() -> None:
 
 def test_the_losses_by_hand() -> None:
     """Each is the distance that its name says, of the networks before the step."""
-    options = replace(OPTIONS, jitter=0.0, distillation=2.0, pool=0)
+    options = replace(OPTIONS, jitter=0.0, distillation=2.0, smoothness=3.0, pool=0)
     taught = CycleTrainer(translators(), options, {"A": tiny_generator(7), "B": tiny_generator(8)})
     taught._set_training(False)  # BatchNorm must say the same twice
     networks = copy.deepcopy(translators())
@@ -111,13 +112,14 @@ def test_the_losses_by_hand() -> None:
             "identity B": (back(a) - a).abs().mean(),
             "adversarial A": (judge(made) - 1).square().mean(),
             "distillation B": (other - tiny_generator(8)(b)).abs().mean(),
+            "roughness A": total_variation(made - a),
             "discriminator A": 0.5 * ((judge(b) - 1).square().mean() + judge(made).square().mean()),
         }
     for name, value in wanted.items():
         torch.testing.assert_close(losses[name], value, msg=lambda text, name=name: f"{name}: {text}")
     assert set(losses) == {
         f"{kind} {direction}"
-        for kind in ("cycle", "adversarial", "identity", "distillation", "discriminator")
+        for kind in ("cycle", "adversarial", "identity", "roughness", "distillation", "discriminator")
         for direction in "AB"
     }
 
@@ -127,6 +129,18 @@ def test_without_identity_and_teachers_their_losses_are_left_out() -> None:
     trainer(replace(OPTIONS, epochs=1, identity=0.0)).fit(images(), told.append)
     kinds = {name.split()[0] for name in told[0].losses}
     assert kinds == {"cycle", "adversarial", "discriminator"}
+
+
+def test_smoothness_keeps_grain_out_of_what_is_changed() -> None:
+    """The same training, with and without: what it adds to its input varies less from pixel to pixel."""
+    roughness = []
+    inputs = to_float(torch.as_tensor(images().first))
+    for weight in (0.0, 20.0):
+        one = trainer(replace(OPTIONS, epochs=6, smoothness=weight))
+        result = one.fit(images())["A"]
+        with torch.no_grad():
+            roughness.append(float(total_variation(result(inputs) - inputs)))
+    assert roughness[1] < 0.9 * roughness[0]
 
 
 def test_discriminators_may_learn_from_more_batches_than_generators() -> None:

@@ -15,6 +15,7 @@ from gan.losses import (
     paired_input,
     relative_distance,
     scaled_error,
+    total_variation,
 )
 
 REAL = torch.tensor([[2.0, 0.0]])
@@ -113,6 +114,12 @@ def test_kernel_alignment_does_not_know_what_channels_are_called():
     values = [float(kernel_alignment(x, turned + s * other)) for s in (1.0, 5.0, 50.0)]
     assert 1 > values[0] > values[1] > values[2] > 0
     assert float(kernel_alignment(x, torch.ones(50, 2))) == 0.0  # a constant is like nothing
+
+
+def test_total_variation_by_hand():
+    image = torch.tensor([[0.0, 1.0], [4.0, 2.0]]).reshape(1, 1, 2, 2)
+    assert float(total_variation(image)) == (4 + 1) / 2 + (1 + 2) / 2
+    assert float(total_variation(torch.full((2, 3, 4, 5), 0.7))) == 0
 
 
 def test_scaled_error_by_hand():

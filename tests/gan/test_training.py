@@ -302,6 +302,14 @@ def test_lessons_are_remembered_by_step_and_images():
     assert teacher.asked == 5
 
 
+def test_lessons_in_bfloat16_are_nearly_those_in_float32():
+    teacher, images = tiny_generator(2), torch.rand(4, 3, 16, 16, generator=random(0)) * 2 - 1
+    exact, rounded = Lessons(teacher)(0, images), Lessons(teacher, amp=True)(0, images)
+    assert rounded.dtype == torch.float32
+    assert 0 < float((exact - rounded).abs().mean()) < 0.02
+    assert next(teacher.parameters()).is_contiguous()  # the teacher itself is left as it was
+
+
 def test_finetunings_that_share_lessons_ask_the_teacher_once():
     teacher, pairs = Counted(), tiny_pairs(12)
     lessons, options = Lessons(teacher), replace(FINETUNING, epochs=2, batch_size=6)
