@@ -261,7 +261,7 @@ def finetuning_of(
     """Options of the finetuning stage for the images and the loss of a task."""
     if task.back is not None:
         domains = task.val.inputs.shape[1], task.val.targets.shape[1]
-        return replace(
+        options = replace(
             CYCLE_FINETUNING,
             epochs=epochs,
             seed=seed,
@@ -269,11 +269,12 @@ def finetuning_of(
             amp=bfloat16_pays(task.device),
             batch_size=batch_size(task, CYCLE_FINETUNING.batch_size),
             adversarial=task.adversarial,
-            # A generator can take its targets as inputs only where they have as many channels.
-            identity=CYCLE_FINETUNING.identity if domains[0] == domains[1] else 0.0,
+            **task.cycle_weights,
         )
-    options = finetuning(epochs, seed, task.device, seconds)
-    return replace(options, batch_size=batch_size(task), adversarial=task.adversarial)
+        # A generator can take its targets as inputs only where they have as many channels.
+        return options if domains[0] == domains[1] else replace(options, identity=0.0)
+    paired = finetuning(epochs, seed, task.device, seconds)
+    return replace(paired, batch_size=batch_size(task), adversarial=task.adversarial)
 
 
 def save_pair(

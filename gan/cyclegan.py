@@ -62,7 +62,7 @@ class CycleOptions(LoopOptions):
     """Weight of the distance between a target image and its own translation, as a share of that."""
     smoothness: float = 0.0
     """Weight of the total variation of what a generator changes, its output minus its input: for styles that
-    differ in colour and shading. A grain too fine to be seen hides what closes the cycle; this makes it dear."""
+    differ in colour and shading. A grain that nobody sees hides what closes the cycle; this makes it dear."""
     pool: int = 50
     """Made images that the discriminators are shown again; 0 shows them the newest only."""
     discriminator_batches: int = 1

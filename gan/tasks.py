@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -106,6 +106,8 @@ UNPAIRED_TASKS: dict[str, TaskRecipe] = {
     ),
 }
 """Embedded task without pairs → what it is made of; both ways of one translator were trained together."""
+CYCLE_WEIGHTS = ("cycle", "identity", "smoothness")
+"""Options of unpaired training that finetuning takes over."""
 STATISTICS_IMAGES = 64
 """Train images behind the BatchNorm statistics of a slice."""
 MULTIPLES = {"generator": 4, "discriminator": 2}
@@ -130,6 +132,8 @@ class Task:
         folder: task folder of a user's own pair, absolute; None for embedded tasks.
         preprocess: how its images got to their size.
         adversarial: the loss that the pair was trained with.
+        cycle_weights: weights of the unpaired losses that the pair was trained with (``cycle``, ``identity``,
+            ``smoothness``), as far as that is known; finetuning goes on with them.
         weight_files: agent → file of its dense network, where it has one.
         back: the dense generator of the way back, which closes the cycle; None where images are paired.
             Without pairs, train and val hold each input beside an image that was drawn once; test holds it
@@ -150,6 +154,7 @@ class Task:
     folder: Path | None = None
     preprocess: Preprocess | None = None
     adversarial: AdversarialKind = "vanilla"
+    cycle_weights: Mapping[str, Any] = field(default_factory=dict)
     weight_files: Mapping[str, Path] = field(default_factory=dict)
     back: nn.Module | None = None
 
@@ -465,6 +470,7 @@ def _embedded_task(name: str, folder: Path, device: str, state: FilesState) -> T
     recipe = (TASKS | UNPAIRED_TASKS)[name]
     way = "" if recipe.direction is None else f"_{recipe.direction}"
     networks, architectures, groups = {}, {}, {}
+    trained_with: Mapping[str, Any] = {}
     files = {agent: folder / f"{agent}{way}.safetensors" for agent in AGENTS}
     missing = [file for file in files.values() if not file.is_file()]
     if missing:
@@ -474,7 +480,8 @@ def _embedded_task(name: str, folder: Path, device: str, state: FilesState) -> T
         )
     train, val, test = embedded_images(recipe)
     for agent, file in files.items():
-        network, architecture, _ = load_network(file)
+        network, architecture, made = load_network(file)
+        trained_with = made.get("training", trained_with)
         network = network.to(device).requires_grad_(False)
         example = torch.zeros(1, architecture.in_channels, *val.inputs.shape[-2:], device=device)
         networks[agent], architectures[agent] = network, architecture
@@ -497,7 +504,8 @@ def _embedded_task(name: str, folder: Path, device: str, state: FilesState) -> T
         MULTIPLES,
         found,
         surrogate if surrogate.is_file() else None,
-        adversarial="vanilla" if back is None else "lsgan",
+        adversarial=trained_with.get("adversarial", "vanilla" if back is None else "lsgan"),
+        cycle_weights={name: trained_with[name] for name in CYCLE_WEIGHTS if name in trained_with},
         weight_files=files,
         back=back,
     )

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 
 import gan.tasks
-from gan.checkpoints import save_network, state_hash
-from gan.cyclegan import CYCLE_FINETUNING, OneWayTrainer
+from experiments.build import finetuning_of
+from gan.checkpoints import load_network, save_network, state_hash
+from gan.cyclegan import CYCLE_FINETUNING, CycleOptions, OneWayTrainer
 from gan.data import PairedImages, UnpairedImages, embedded_pairs
 from gan.distillation import Ingredients
 from gan.elastic import ElasticOptions, train_elastic
@@ -222,6 +223,20 @@ def test_both_ways_of_one_translator_are_tasks(assets: Path) -> None:
     assert torch.equal(there.test.targets, truth.targets)
     assert torch.equal(back.test.inputs, truth.targets)
     assert torch.equal(back.test.targets, truth.inputs)
+
+
+def test_finetuning_goes_on_with_the_losses_of_pretraining(assets: Path) -> None:
+    task = load_task("noto2twemoji")
+    assert not task.cycle_weights
+    assert finetuning_of(task, 1, 0).cycle == CYCLE_FINETUNING.cycle
+    training = asdict(CycleOptions(cycle=2.0, smoothness=3.0, adversarial="hinge", learning_rate=9.0))
+    file = task.weight_files["generator"]
+    network, architecture, _ = load_network(file)
+    save_network(file, network, architecture, {"training": training})
+    task = load_task("noto2twemoji")
+    options = finetuning_of(task, 1, 0)
+    assert (options.cycle, options.smoothness, options.adversarial) == (2.0, 3.0, "hinge")
+    assert options.learning_rate == CYCLE_FINETUNING.learning_rate
 
 
 @pytest.mark.parametrize("name", ["noto2twemoji", "twemoji2noto"])
