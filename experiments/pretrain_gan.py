@@ -35,7 +35,7 @@ from gan.data import embedded_pairs, embedded_unpaired, to_float, to_uint8
 from gan.distillation import NO_INGREDIENTS, PERCEPTUAL
 from gan.errors import UserError, unknown
 from gan.evaluation import KID
-from gan.features import load_extractor
+from gan.features import Extractor, load_extractor
 from gan.fidelity import image_l1, kid
 from gan.files import write_bytes, write_json, write_text
 from gan.loop import LoopOptions, Trainer, TrainingProgress
@@ -45,7 +45,7 @@ from gan.tasks import TASKS, UNPAIRED_TASKS, TaskRecipe
 from gan.training import PairedTrainer, TrainingOptions
 
 EXAMPLES = (
-    ("python experiments/pretrain_gan.py", "remake the embedded pair, about 30 minutes on 2 cores"),
+    ("python experiments/pretrain_gan.py --training.amp --minutes 30", "remake the embedded pair"),
     ("python experiments/pretrain_gan.py --epochs 5 --output try", "a short look"),
     (
         "python experiments/pretrain_gan.py --task edges2emoji_resnet --training.amp --epochs 70"
@@ -203,8 +203,7 @@ def paired_work(recipe: TaskRecipe, options: Options, device: torch.device) -> W
     features = extractor(targets)
 
     def measure(result: nn.Module) -> dict[str, float]:
-        made = to_float(to_uint8(run_batched(result, inputs)))
-        return {f"val_{KID}": kid(features, extractor(made)), "val_l1": image_l1(made, targets)}
+        return _figures(result, inputs, targets, features, extractor)
 
     return Work(
         trainer,
@@ -249,11 +248,10 @@ def unpaired_work(recipe: TaskRecipe, options: Options, device: torch.device) ->
     features = {one: extractor(target) for one, (_, target) in domains.items()}
 
     def measure(result: Mapping[Direction, nn.Module]) -> dict[str, float]:
-        row = {}
+        row: dict[str, float] = {}
         for one, (source, target) in domains.items():
-            made = to_float(to_uint8(run_batched(result[one], source)))
-            row[f"val_{KID}_{one}"] = kid(features[one], extractor(made))
-            row[f"val_l1_{one}"] = image_l1(made, target)
+            figures = _figures(result[one], source, target, features[one], extractor)
+            row |= {f"{name}_{one}": value for name, value in figures.items()}
         return row
 
     def named(result: Mapping[Direction, nn.Module]) -> dict[str, nn.Module]:
@@ -266,6 +264,14 @@ def unpaired_work(recipe: TaskRecipe, options: Options, device: torch.device) ->
         return columns | {"B": second[shown], "B to A": run_batched(result["B"], second[shown])}
 
     return Work(trainer, train, length, architectures, named, measure, picture)
+
+
+def _figures(
+    generator: nn.Module, inputs: Tensor, targets: Tensor, features: Tensor, extractor: Extractor
+) -> dict[str, float]:
+    """KID and L1 of the outputs, rounded as in files; ``features`` are those of the targets."""
+    made = to_float(to_uint8(run_batched(generator, inputs)))
+    return {f"val_{KID}": kid(features, extractor(made)), "val_l1": image_l1(made, targets)}
 
 
 def _until(training: Any, options: Options) -> Any:

@@ -21,8 +21,7 @@ IMAGES = 64  # with 48 the two lightest levels are at times in the wrong order
 LEVELS = (0.05, 0.1, 0.2, 0.35, 0.6, 1.0)
 KEEP_RATIOS = (0.75, 0.5, 0.35, 0.25, 0.15, 0.08)
 WIDE = (0.85, 0.7, 0.55, 0.43, 0.33, 0.25)
-"""Keep ratios that crowds order. Of the elastic weights that ship, slices of 15 to 22 % of the width have
-smaller crowd gaps than those of 25 and 35 %: docs/calibration.md has the figures."""
+"""Keep ratios that crowds order; picked after others had failed, see docs/calibration.md."""
 
 DISTANCES = {"mmd_gap", "real_gap"}
 PAIRED = {"l1_gap", "feature_gap", "balance_gap"}
@@ -34,7 +33,7 @@ SEEN: dict[str, set[str]] = {
     "pull_together": ALL,
     "drop_modes": ALL,
     "swap": PAIRED | DENSITY,
-    "width": ALL - {"crowd_gap"},
+    "width": ALL,
     "wide": {"crowd_gap"},
     "discriminator": {"balance_gap"},
 }
@@ -43,6 +42,9 @@ SEEN: dict[str, set[str]] = {
 ``width`` and ``wide``: uniform generators; ``discriminator``: the dense one with noise in its weights, beside
 the dense generator.
 """
+
+SHORT = {("width", "crowd_gap")}
+"""What of that falls short with the weights that ship."""
 
 LEAST = 0.9  # Spearman; the gaps of 6 levels may have two neighbours in the wrong order, no more
 
@@ -101,9 +103,16 @@ def order(values: Sequence[float]) -> float:
 
 @pytest.mark.parametrize("name", SEEN)
 def test_gaps_grow_with_the_level(measured, name):
-    found = {term: [gaps[term] for gaps in measured[name]] for term in sorted(SEEN[name])}
+    terms = sorted(term for term in SEEN[name] if (name, term) not in SHORT)
+    found = {term: [gaps[term] for gaps in measured[name]] for term in terms}
     wrong = {term: values for term, values in found.items() if not order(values) >= LEAST}
     assert not wrong
+
+
+@pytest.mark.xfail(strict=True, reason="slices of 15 % are less crowded than of 25 %: docs/calibration.md")
+@pytest.mark.parametrize(("name", "term"), sorted(SHORT))
+def test_what_falls_short_grows_with_the_level(measured, name, term):
+    assert order([gaps[term] for gaps in measured[name]]) >= LEAST
 
 
 @pytest.mark.parametrize("name", [name for name in SEEN if name not in ("discriminator", "wide")])
