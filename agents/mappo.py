@@ -24,6 +24,7 @@ from agents.base import (
 )
 from agents.learning import (
     ENDLESS,
+    GAE_LAMBDA,
     LOCAL_NAMES,
     WEIGHTS,
     Progress,
@@ -57,7 +58,8 @@ class MappoOptions:
         learning_rate: of Adam.
         epochs: passes over a rollout.
         minibatches: parts that a rollout is split into.
-        gae_lambda: 0 trusts the critic, 1 the returns (Schulman et al. 2016, eq. 16).
+        gae_lambda: 0 trusts the critic, 1 the returns (Schulman et al. 2016, eq. 16); None takes
+            ``agents.learning.GAE_LAMBDA`` of the environment's reward.
         clip: largest change of a probability ratio in one update.
         entropy: weight of the entropy bonus.
         std: initial standard deviation of actions; 1 is a move by the factor 3.
@@ -71,7 +73,7 @@ class MappoOptions:
     learning_rate: float = 3e-3
     epochs: int = 10
     minibatches: int = 4
-    gae_lambda: float = 0.5
+    gae_lambda: float | None = None
     clip: float = 0.2
     entropy: float = 0.0
     std: float = 0.4
@@ -87,7 +89,8 @@ class MappoOptions:
         for name in ("learning_rate", "clip", "std"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"{name} must be above 0; got {getattr(self, name)}")
-        if not (0 <= self.gae_lambda <= 1 and self.entropy >= 0 and self.waves >= 0):
+        known = self.gae_lambda is None or 0 <= self.gae_lambda <= 1
+        if not (known and self.entropy >= 0 and self.waves >= 0):
             raise UserError(f"gae_lambda must be in [0, 1], entropy and waves at least 0; got {self}")
 
 
@@ -285,7 +288,7 @@ class Mappo:
             batch_size=batch_size(steps * slots.num_envs, options.minibatches),
             n_epochs=options.epochs,
             gamma=1.0,
-            gae_lambda=options.gae_lambda,
+            gae_lambda=GAE_LAMBDA[slots.env.reward] if options.gae_lambda is None else options.gae_lambda,
             clip_range=options.clip,
             ent_coef=options.entropy,
             policy_kwargs=self._policy_options(options),

@@ -31,6 +31,7 @@ from agents.base import (
 )
 from agents.learning import (
     ENDLESS,
+    GAE_LAMBDA,
     WEIGHTS,
     batch_size,
     check_observations,
@@ -92,7 +93,7 @@ class ControllerOptions:
             raise UserError(f"hidden is {self.hidden}; it lists widths of layers, each 1 or more")
 
 
-ON_POLICY: dict[str, Any] = {"gae_lambda": 0.5, "learning_rate": 3e-3}
+ON_POLICY: dict[str, Any] = {"learning_rate": 3e-3}
 OFF_POLICY: dict[str, Any] = {
     "learning_rate": 1e-3,
     "batch_size": 64,
@@ -259,6 +260,7 @@ class Sb3:
         found: dict[str, Any] = {"gamma": 1.0, "policy_kwargs": {"net_arch": list(self.options.hidden)}}
         if issubclass(self.algorithm, OnPolicyAlgorithm):
             found |= ON_POLICY | {"n_steps": steps, "batch_size": batch_size(steps, MINIBATCHES)}
+            found["gae_lambda"] = GAE_LAMBDA[env.pruning.reward if isinstance(env, Stage) else "step"]
         elif issubclass(self.algorithm, OffPolicyAlgorithm):
             found |= OFF_POLICY | {"learning_starts": steps, "n_steps": horizon}
         found |= TUNED.get(self.path, {})
