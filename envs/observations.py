@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from envs.budget import LARGEST_MOVE
 from envs.laps import Laps
+from envs.rewards import SCORE_BOUNDS
 from gan.evaluations import FAMILIES, PrunableNetwork
 
 PROFILE_LENGTH = 8
@@ -83,7 +84,7 @@ LOCAL_FIELDS: tuple[Field, ...] = (
     Field("peer_lap_left", 0, 1, "share of the peer's lap still to decide"),
     Field("peer_last_action", -1, 1, "the peer's last action; 0 before the first"),
     Field("peer_last_change", -1, 1, "log3(new / old width) of the peer's last decision"),
-    Field("feedback_reward", -2, 2, "reward of the last joint step; 0 under reward='final'"),
+    Field("feedback_reward", -2, 2, "reward of the last joint step / sum of the weights; 0 under 'final'"),
     *(
         Field(
             f"feedback_{_short(term)}",
@@ -98,9 +99,9 @@ LOCAL_FIELDS: tuple[Field, ...] = (
 
 STATE_FIELDS: tuple[Field, ...] = (
     Field("progress", 0, 1, "share of the episode's steps taken"),
-    Field("potential", -5, 5, "weighted sum of the term scores; 0 under reward='final'"),
+    Field("potential", *SCORE_BOUNDS, "weighted mean of the term scores; 0 under reward='final'"),
     *(
-        Field(f"score_{_short(term)}", -5, 5, f"{term} score of the plan; 0 under 'final'")
+        Field(f"score_{_short(term)}", *SCORE_BOUNDS, f"{term} score of the plan; 0 under 'final'")
         for term in FAMILIES
     ),
     *(
@@ -166,6 +167,8 @@ class Feedback(NamedTuple):
         scores: term → score of the plan; empty while it is not scored.
         reward: reward of the last step.
         changes: term → change of its score in the last step.
+        weight: sum of the reward's weights, by which what is seen of potential and reward is divided: in the
+            unit of one term, however the terms are weighted.
     """
 
     progress: float = 0.0
@@ -173,6 +176,7 @@ class Feedback(NamedTuple):
     scores: Mapping[str, float] = {}
     reward: float = 0.0
     changes: Mapping[str, float] = {}
+    weight: float = 1.0
 
 
 class GroupFacts(NamedTuple):
@@ -275,7 +279,7 @@ def observe_local(
         "peer_lap_left": 0.0,
         "peer_last_action": 0.0,
         "peer_last_change": 0.0,
-        "feedback_reward": feedback.reward,
+        "feedback_reward": feedback.reward / feedback.weight,
         **{f"feedback_{_short(term)}": feedback.changes.get(term, 0.0) for term in FAMILIES},
     }
     if peer is not None:
@@ -301,7 +305,7 @@ def observe_state(
         feedback: what the last joint step did.
     """
     values: dict[str, float] = {field.name: 0.0 for field in STATE_FIELDS}
-    values |= {"progress": feedback.progress, "potential": feedback.potential}
+    values |= {"progress": feedback.progress, "potential": feedback.potential / feedback.weight}
     values |= {f"score_{_short(term)}": feedback.scores.get(term, 0.0) for term in FAMILIES}
     for slot, laps in slots.items():
         profile = resample(log3(laps.proportions / laps.uniform.proportions))

@@ -73,10 +73,11 @@ class PruningEnv(ParallelEnv[str, Vector, Vector]):
 
     ## Reward
     One team reward for all. A term's score is (gap of the uniform plan at this budget - gap) / spread: 0 =
-    uniform, one unit = one typical difference between random plans; clipped to ± 5. The potential is their
-    weighted sum, the reward its change, so that (undiscounted) an episode returns the potential of its last
-    plan: the gain over uniform. With ``reward="final"`` the last step pays it all and only the last plan is
-    scored: one evaluation an episode.
+    uniform, one unit = one typical difference between random plans; clipped to -5 and 10. The potential is
+    their weighted sum, the reward its change, so that (undiscounted) an episode returns the potential of its
+    last plan: the gain over uniform. With ``reward="final"`` the last step pays it all and only the last plan
+    is scored: one evaluation an episode. What observations tell of potential and reward is divided by the sum
+    of the weights.
 
     ## Starting state
     The uniform plan. Budgets that are ranges are drawn log-uniformly, one per network;
@@ -359,7 +360,8 @@ class PruningEnv(ParallelEnv[str, Vector, Vector]):
             return Feedback(progress, reward=reward)
         before = self._feedback.scores
         changes = {term: score - before[term] for term, score in evaluation.term_scores.items()}
-        return Feedback(progress, evaluation.potential, evaluation.term_scores, reward, changes)
+        scores, total = evaluation.term_scores, self.weights.total
+        return Feedback(progress, evaluation.potential, scores, reward, changes, total)
 
     def _observe(self) -> dict[str, Vector]:
         # under "final" the last reward is paid, but no observation tells of it: feedback stays 0

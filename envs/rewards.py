@@ -24,8 +24,9 @@ SHARES: dict[str, float] = {
 }
 """Reward term → its share of its family's weight; terms at 0 are logged only."""
 
-CLIP = 5.0
-"""Term scores are clipped to ± this: one collapsed plan must not outweigh a hundred others."""
+SCORE_BOUNDS = (-5.0, 10.0)
+"""Term scores are clipped to these: one collapsed plan must not outweigh a hundred others, and no search may
+run blind at the top, where good plans are 5 typical differences better than the uniform one."""
 
 RELATIVE_FLOOR = 0.01
 """A spread is at least this share of the uniform plan's gap: random plans that agree say nothing finer."""
@@ -65,6 +66,11 @@ class Weights:
             raise unknown("reward term", term, FAMILIES)
         return float(getattr(self, FAMILIES[term])) * SHARES[term]
 
+    @property
+    def total(self) -> float:
+        """Sum of all weights: potential / total is the weighted mean of the term scores."""
+        return self.density + self.fidelity + self.balance + self.recovery
+
 
 def robust_spread(gaps: ArrayLike, uniform_gap: float) -> float:
     """Typical difference between random plans: the interquartile range / 1.349, floored.
@@ -84,11 +90,12 @@ def term_scores(
     gaps: Mapping[str, float],
     uniform_gaps: Mapping[str, float],
     spreads: Mapping[str, float],
-    clip: float = CLIP,
+    bounds: tuple[float, float] = SCORE_BOUNDS,
 ) -> dict[str, float]:
     """Score of each term, (uniform gap - gap) / spread, clipped: 0 = uniform, higher = better."""
+    low, high = bounds
     return {
-        term: min(clip, max(-clip, (uniform_gaps[term] - gap) / spreads[term]))
+        term: min(high, max(low, (uniform_gaps[term] - gap) / spreads[term]))
         + 0.0  # + 0.0 turns -0.0 into 0.0
         for term, gap in gaps.items()
     }

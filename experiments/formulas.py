@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tyro.conf import Positional
 
-from envs.rewards import CLIP, Weights, robust_spread
+from envs.rewards import SCORE_BOUNDS, Weights, robust_spread
 from experiments import calibrate, cli
 from experiments.agreement import LEVEL, RESAMPLES, Interval, better_half, kendall, kendall_interval, regret
 from experiments.build import finetuning
@@ -1046,7 +1046,7 @@ class Entry:
         As in ``envs.rewards``, but for the spread, which is that of the study's own plans.
         """
         unit = robust_spread(self.gap, abs(float(self.gap[0])))
-        return np.clip((self.gap[0] - self.gap) / unit, -CLIP, CLIP)
+        return np.clip((self.gap[0] - self.gap) / unit, *SCORE_BOUNDS)
 
 
 class Row(NamedTuple):

@@ -79,7 +79,7 @@ def test_local_observation_says_what_happened() -> None:
     group = laps.group
     laps.decide(1.0)
     peer.decide(-0.5)
-    feedback = Feedback(0.5, 1.0, {"mmd_gap": 1.0}, 0.75, {"mmd_gap": 1.5, "l1_gap": -9.0})
+    feedback = Feedback(0.5, 1.0, {"mmd_gap": 1.0}, 0.75, {"mmd_gap": 1.5, "l1_gap": -9.0}, 3.0)
     seen = as_dict(LOCAL_FIELDS, observe_local(laps, peer, group_facts(network), feedback))
     assert seen["last_action"] == 1.0
     assert seen["last_change"] > 0
@@ -91,7 +91,7 @@ def test_local_observation_says_what_happened() -> None:
     assert (seen["is_discriminator"], seen["has_peer"]) == (0.0, 1.0)
     assert seen["peer_last_action"] == -0.5
     assert seen["peer_budget"] == pytest.approx(0.4)
-    assert seen["feedback_reward"] == 0.75
+    assert seen["feedback_reward"] == 0.25  # in the unit of one term: the weights sum to 3
     assert (seen["feedback_mmd"], seen["feedback_l1"], seen["feedback_crowd"]) == (1.5, -2.0, 0.0)
     alone = as_dict(LOCAL_FIELDS, observe_local(laps, None, group_facts(network), feedback))
     assert {name: value for name, value in alone.items() if "peer" in name and value} == {}
@@ -101,11 +101,11 @@ def test_state_fills_slots_and_masks_the_rest() -> None:
     network = toy_network("generator", (16, 32, 16))
     laps = Laps(network, 0.5)
     laps.decide(1.0)
-    feedback = Feedback(0.5, 1.25, dict.fromkeys(FAMILIES, 0.5))
+    feedback = Feedback(0.5, 1.25, dict.fromkeys(FAMILIES, 0.5), weight=5.0)
     seen = as_dict(
         STATE_FIELDS, observe_state({"generator_2": laps}, {"generator_2": group_facts(network)}, feedback)
     )
-    assert (seen["potential"], seen["score_mmd"]) == (1.25, 0.5)
+    assert (seen["potential"], seen["score_mmd"]) == (0.25, 0.5)
     assert seen["generator_2.mask"] == 1.0
     assert seen["generator_2.last_action"] == 1.0
     assert max(seen[f"generator_2.profile_{i}"] for i in range(8)) > 0.3

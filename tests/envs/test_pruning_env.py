@@ -215,6 +215,8 @@ def test_step_mode_tells_the_agents_what_the_joint_step_did(make: MakeEnv) -> No
     changes = np.clip([after[term] - before[term] for term in after], -2, 2)
     for agent in env.possible_agents:
         np.testing.assert_allclose(record[3][0][agent][fields], changes, rtol=1e-6)
+        paid = record[3][0][agent][-len(FAMILIES) - 1]
+        assert paid == pytest.approx(np.clip(record[3][1][agent] / env.weights.total, -2, 2), rel=1e-6)
 
 
 def test_infos_are_json_and_the_same_for_all(make: MakeEnv) -> None:

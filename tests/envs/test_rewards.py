@@ -12,11 +12,12 @@ from gan.evaluations import FAMILIES
 
 def test_scores_by_hand() -> None:
     scores = term_scores(
-        {"mmd_gap": 0.1, "l1_gap": 0.3, "balance_gap": 9.0, "crowd_gap": 0.0},
-        {"mmd_gap": 0.3, "l1_gap": 0.2, "balance_gap": 1.0, "crowd_gap": 8.0},
-        {"mmd_gap": 0.1, "l1_gap": 0.4, "balance_gap": 1.0, "crowd_gap": 1.0},
+        {"mmd_gap": 0.1, "l1_gap": 0.3, "balance_gap": 9.0, "crowd_gap": 0.0, "real_gap": 0.0},
+        {"mmd_gap": 0.3, "l1_gap": 0.2, "balance_gap": 1.0, "crowd_gap": 8.0, "real_gap": 12.0},
+        {"mmd_gap": 0.1, "l1_gap": 0.4, "balance_gap": 1.0, "crowd_gap": 1.0, "real_gap": 1.0},
     )
-    assert scores == pytest.approx({"mmd_gap": 2.0, "l1_gap": -0.25, "balance_gap": -5.0, "crowd_gap": 5.0})
+    expected = {"mmd_gap": 2.0, "l1_gap": -0.25, "balance_gap": -5.0, "crowd_gap": 8.0, "real_gap": 10.0}
+    assert scores == pytest.approx(expected)
 
 
 def test_potential_by_hand() -> None:
