@@ -33,7 +33,7 @@ from experiments.watch import Watch
 from gan.append_log import AppendLog
 from gan.balance import balance_gap, margins
 from gan.data import PairedImages, to_float, to_uint8
-from gan.density import DensityGaps, Neighbourhoods
+from gan.density import EPSILON, PATCH_EPSILON, DensityGaps, Neighbourhoods
 from gan.elastic import ElasticOptions, teaching_images
 from gan.errors import UserError
 from gan.features import load_extractor, load_stages
@@ -277,15 +277,15 @@ class Case:
         memo = self.memo if not origins or "made" in origins else self.bench.memo
         return memo((self.probe, what, origins), make)
 
-    def neighbourhoods(self, space: str, k: int) -> Neighbourhoods:
+    def neighbourhoods(self, space: str, k: int, epsilon: float = EPSILON) -> Neighbourhoods:
         """Those of the dense outputs."""
-        make = lambda: Neighbourhoods.build(self.dense.features(space), k)  # noqa: E731
-        return self.keep(("neighbourhoods", space, k), make, "dense")
+        make = lambda: Neighbourhoods.build(self.dense.features(space), k, epsilon)  # noqa: E731
+        return self.keep(("neighbourhoods", space, k, epsilon), make, "dense")
 
-    def density(self, space: str, k: int) -> DensityGaps:
+    def density(self, space: str, k: int, epsilon: float = EPSILON) -> DensityGaps:
         """By the formula of ``gan.density``."""
-        near = self.neighbourhoods(space, k)
-        return self.keep(("density", space, k), lambda: near.compare(self.made.features(space)))
+        near = self.neighbourhoods(space, k, epsilon)
+        return self.keep(("density", space, k, epsilon), lambda: near.compare(self.made.features(space)))
 
     def logs(self, a: Origin, b: Origin, space: str) -> Tensor:
         """(N, N) log distances, from the rows of one origin to those of another."""
@@ -432,9 +432,9 @@ class Formula:
     probe: str = "val"
 
 
-def crowd(space: str = "head", k: int = 7) -> Callable[[Case], float]:
-    """Crowd sizes by the formula of ``gan.density``; the scorer's are those of ``patches``."""
-    return lambda case: case.density(space, k).crowd
+def crowd(space: str = "head", k: int = 7, epsilon: float = EPSILON) -> Callable[[Case], float]:
+    """Crowd sizes by the formula of ``gan.density``; the scorer's are those of ``patches``, ε = 0.3."""
+    return lambda case: case.density(space, k, epsilon).crowd
 
 
 def arrangement(space: str = "head", k: int = 7) -> Callable[[Case], float]:
@@ -670,6 +670,10 @@ FORMULAS: dict[str, Formula] = {
     "arrangement": Formula("density", arrangement()),
     **{f"crowd, {space}": Formula("density", crowd(space)) for space in GRID},
     **{f"arrangement, {space}": Formula("density", arrangement(space)) for space in GRID},
+    **{
+        f"crowd, patches, ε = {epsilon:g}": Formula("density", crowd("patches", epsilon=epsilon))
+        for epsilon in (0.03, 0.1, PATCH_EPSILON, 1)
+    },
     **{f"crowd, K = {k}": Formula("density", crowd(k=k)) for k in (3, 15, 30)},
     **{f"arrangement, K = {k}": Formula("density", arrangement(k=k)) for k in (3, 15, 30)},
     **{

@@ -19,7 +19,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-EPSILON = 1e-3  # ε in units of the median radius of a neighbourhood
+EPSILON = 1e-3
+"""ε in units of the median radius of a neighbourhood: keeps logarithms finite."""
+
+PATCH_EPSILON = 0.3
+"""The same for patches. A third of them show hardly more than background, at distances down to a hundredth of
+the median radius; their logarithms drowned the rest, and followed shades of white. What they hide below 0.3
+is no structure. Anything from 0.1 to 1 orders uniform widths; see docs/calibration.md."""
 
 
 class DensityGaps(NamedTuple):
@@ -44,8 +50,8 @@ class Neighbourhoods:
         dense: (N, d) float64 features h of the dense outputs, less their mean.
         mean: (d,) that mean.
         neighbours: (N, K) indices N_i, nearest first.
-        epsilon: ε > 0, 10⁻³ of the median over i of the mean distance from h_i to N_i (of the mean over i
-            where more than half of the samples are duplicates; 10⁻³ where all are).
+        epsilon: ε > 0, a share of the median over i of the mean distance from h_i to N_i (of the mean over i
+            where more than half of the samples are duplicates; of 1 where all are).
         log_radius: (N,) log r_i(h_i; h).
         log_lengths: (N, P) log ‖h_j − h_k‖_ε of the P = K (K + 1) / 2 pairs in N_i ∪ {i}.
     """
@@ -58,21 +64,24 @@ class Neighbourhoods:
     log_lengths: Tensor
 
     @classmethod
-    def build(cls, features: Tensor, k: int = 7) -> Neighbourhoods:
+    def build(cls, features: Tensor, k: int = 7, epsilon: float = EPSILON) -> Neighbourhoods:
         """Find the neighbourhoods of the dense features.
 
         Args:
             features: (N, d) features of the dense outputs, N > k.
             k: neighbours of a sample, ≥ 1.
+            epsilon: ε as a share of that median distance, > 0.
 
         Raises:
-            ValueError: if there are not enough samples.
+            ValueError: if there are not enough samples, or ε is not above 0 and finite.
         """
         if features.ndim != 2 or k < 1 or len(features) <= k:
             raise ValueError(
                 f"features are {tuple(features.shape)} and k is {k}; neighbourhoods need (N, d) features "
                 "with N > k ≥ 1"
             )
+        if not 0 < epsilon < math.inf:
+            raise ValueError(f"epsilon is {epsilon}; it must be above 0 and finite")
         dense = features.detach().double()
         mean = dense.mean(dim=0)
         dense = dense - mean
@@ -81,9 +90,9 @@ class Neighbourhoods:
         nearest, neighbours = distances.fill_diagonal_(math.inf).sort(dim=1, stable=True)  # ties: earlier one
         neighbours = neighbours[:, :k]
         spread = nearest[:, :k].mean(dim=1)
-        epsilon = EPSILON * (float(spread.median()) or float(spread.mean()) or 1.0)
-        logs = _log_distances(dense, dense, epsilon)
-        return cls(dense, mean, neighbours, epsilon, _log_radius(logs, k), _within(logs, neighbours))
+        length = epsilon * (float(spread.median()) or float(spread.mean()) or 1.0)
+        logs = _log_distances(dense, dense, length)
+        return cls(dense, mean, neighbours, length, _log_radius(logs, k), _within(logs, neighbours))
 
     def compare(self, features: Tensor) -> DensityGaps:
         """How far the neighbourhoods of the pruned outputs are from those of the dense ones.

@@ -14,7 +14,7 @@ from gan.balance import balance_gap
 from gan.checkpoints import tensors_hash
 from gan.cost import CostKind, CostModel
 from gan.data import PairedImages
-from gan.density import Neighbourhoods
+from gan.density import PATCH_EPSILON, Neighbourhoods
 from gan.elastic import ElasticNetwork
 from gan.evaluations import PrunableNetwork, Scores
 from gan.features import Extractor, Look
@@ -25,7 +25,7 @@ from gan.norm_statistics import recompute_statistics
 from gan.plans import Plan
 from gan.surrogate import Surrogate, cautious
 
-FORMULAS = "3"
+FORMULAS = "4"
 """Raised whenever a gap's formula changes: scores of different formulas must not meet in one log."""
 
 
@@ -56,7 +56,7 @@ class Yardstick:
         self.features, patches = extractor.look(self.outputs)
         self.real_features = extractor(self.targets)
         self.neighbourhoods = Neighbourhoods.build(self.features)
-        self.patch_neighbourhoods = Neighbourhoods.build(patches)
+        self.patch_neighbourhoods = Neighbourhoods.build(patches, epsilon=PATCH_EPSILON)
         self.to_dense = KernelReference(self.features)
         self.to_real = KernelReference(self.real_features)
         self.dense_to_real = self.to_real.mmd2(self.features)

@@ -103,7 +103,7 @@ def test_the_shipped_formulas_are_the_scorers() -> None:
     case = Case(bench, PLAN, "val", Memo())
     gaps = bench.scorer.score(PLAN).gaps
     for name, gap in (
-        ("crowd, patches", "crowd_gap"),
+        ("crowd, patches, ε = 0.3", "crowd_gap"),
         ("arrangement", "arrangement_gap"),
         ("MMD²", "mmd_gap"),
         ("L1", "l1_gap"),

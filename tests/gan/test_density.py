@@ -80,6 +80,21 @@ def test_a_collapse_by_hand():
     assert gaps.stretch == pytest.approx(-gaps.arrangement)
 
 
+def test_distances_far_below_a_wider_epsilon_do_not_count():
+    """Two near-duplicates at 0 keep company at ε = 0.5 whether 0.01 or 0.02 apart; others move as before."""
+    pairs = torch.tensor([[0.0], [0.01], [3.0], [4.0], [7.0], [8.0]])
+    moved = torch.tensor([[0.0], [0.02], [3.0], [4.0], [7.0], [8.0]])
+    narrow, wide = (Neighbourhoods.build(pairs, k=1, epsilon=share) for share in (EPSILON, 0.5))
+    assert (narrow.epsilon, wide.epsilon) == pytest.approx((EPSILON, 0.5))
+    assert wide.log_radius[0] == pytest.approx(math.log(math.hypot(0.01, 0.5)), abs=1e-6)
+    # of six samples one finds its company twice as far, around the dense and around the moved ones
+    assert narrow.compare(moved).crowd == pytest.approx(math.log(2) / 6, abs=1e-3)
+    assert wide.compare(moved).crowd < 1e-3
+    for epsilon in (0.0, math.inf, math.nan):
+        with pytest.raises(ValueError, match="epsilon"):
+            Neighbourhoods.build(pairs, k=1, epsilon=epsilon)
+
+
 def test_the_dense_features_have_no_gap_at_all(neighbourhoods, dense):
     assert neighbourhoods.compare(dense.clone()) == (0.0, 0.0, 0.0)
 
