@@ -74,7 +74,8 @@ class ControllerOptions:
 
     Attributes:
         episodes: before the first update, and between updates of an on-policy learner; ≥ 1. SB3's defaults
-            (2,048 steps a rollout, 100 random steps) are made for a thousand times as many steps.
+            (2,048 steps a rollout, 100 random steps) are made for a thousand times as many steps. Off-policy
+            learners mean plans that were scored: under ``step`` every step scores one.
         std: standard deviation of the first actions, > 0; 1 is a move by the factor 3.
         hidden: widths of the hidden layers of every network.
     """
@@ -98,9 +99,14 @@ OFF_POLICY: dict[str, Any] = {
     "learning_rate": 1e-3,
     "batch_size": 64,
     "buffer_size": 50_000,  # SB3's million would take gigabytes for steps that a search never takes
+    "gradient_steps": 4,  # plans are dear and updates cheap: with 1 a search ends before the critic knows
 }
+SLOW_ACTOR = {"episodes": 40, "gradient_steps": 8, "policy_delay": 4}
 TUNED: dict[str, dict[str, Any]] = {
     "stable_baselines3.A2C": {"episodes": 4, "use_rms_prop": False, "normalize_advantage": True},
+    # without entropy to hold them back they follow a young critic to the corners of the box
+    "stable_baselines3.TD3": SLOW_ACTOR,
+    "stable_baselines3.DDPG": SLOW_ACTOR,
 }
 """Defaults by family and by class, where they differ from SB3's; a keyword that a class lacks is left out."""
 
@@ -262,7 +268,8 @@ class Sb3:
             found |= ON_POLICY | {"n_steps": steps, "batch_size": batch_size(steps, MINIBATCHES)}
             found["gae_lambda"] = GAE_LAMBDA[env.pruning.reward if isinstance(env, Stage) else "step"]
         elif issubclass(self.algorithm, OffPolicyAlgorithm):
-            found |= OFF_POLICY | {"learning_starts": steps, "n_steps": horizon}
+            each_scored = isinstance(env, Stage) and env.pruning.reward == "step"
+            found |= OFF_POLICY | {"learning_starts": self.options.episodes if each_scored else steps}
         found |= TUNED.get(self.path, {})
         noise = NormalActionNoise(np.zeros(size), np.full(size, self.options.std))
         if self.path in NOISY:

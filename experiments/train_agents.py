@@ -44,7 +44,7 @@ from gan.two_way import AnyTask, load_any_task, own_any_task
 DESCRIPTION = """Prunes a pretrained generator and its discriminator with cooperative RL agents, finetunes
 the smaller pair and compares it with the usual ways. Everything goes to a run folder."""
 EXAMPLES = (
-    ("python experiments/train_agents.py", "the embedded task, about 8 minutes on 2 cores"),
+    ("python experiments/train_agents.py", "the embedded task, 10 to 21 minutes on 2 cores"),
     ("python experiments/train_agents.py --quick", "the same road in under a minute"),
     ("python experiments/train_agents.py --budget 0.25 --seed 1", "keep a quarter of the parameters"),
     ("python experiments/train_agents.py --algo random", "another learner, for comparison"),
