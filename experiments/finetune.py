@@ -44,7 +44,7 @@ from gan.distillation import DensePair, Ingredients
 from gan.elastic import ElasticNetwork
 from gan.errors import UserError, unknown
 from gan.evaluation import Judge
-from gan.features import load_extractor
+from gan.features import Extractor, load_extractor
 from gan.files import file_hash, write_bytes, write_json, write_text
 from gan.loop import TrainingProgress
 from gan.plans import Plan
@@ -147,7 +147,8 @@ class EpochLog:
         self._file = AppendLog(path, header, self._read, kind="log of a finetuning", entries="epochs")
 
     def _read(self, entry: Mapping[str, Any]) -> None:
-        self.entries[int(entry["epoch"])] = dict(entry)
+        # JSON has no NaN, which a finetuning that went astray ends with: null stands for it
+        self.entries[int(entry["epoch"])] = {k: math.nan if v is None else v for k, v in entry.items()}
 
     def append(self, entry: Mapping[str, Any]) -> None:
         self._file.append(entry)
@@ -190,8 +191,13 @@ def open_folder(options: Options) -> tuple[Options, FinetuneFolder]:
         ]
         if given:
             raise UserError(f"--resume goes on with its own options; leave out {', '.join(given)}")
+        if not is_finetuning(folder):
+            raise UserError(f"{folder.path} is no finetuning; --resume takes the folder of one")
         known = read_options(folder, Options)
-        folder.require(folder.weights("generator", "raw"), folder.weights("discriminator", "raw"))
+        if not all(folder.weights(agent, "raw").is_file() for agent in AGENTS):
+            raise UserError(
+                f"the finetuning {folder.path} stopped before it had begun; delete it and start again"
+            )
         if folder.finished:
             raise UserError(f"the finetuning {folder.path} is finished: see {folder.evaluation}")
         return known, FinetuneFolder(folder)
@@ -199,6 +205,9 @@ def open_folder(options: Options) -> tuple[Options, FinetuneFolder]:
     assert options.source is not None
     plan, task, weights, start = read_source(options)
     task.check_ingredients(options.ingredients)
+    for agent in plan:
+        if agent not in task.networks:
+            raise unknown("network", agent, task.networks)
     try:
         pair = task.cut(weights, plan)
     except (KeyError, ValueError) as error:
@@ -226,15 +235,13 @@ def check(options: Options) -> None:
         )
     if options.epochs is not None and options.minutes is not None:
         raise UserError("--epochs and --minutes exclude each other; give one")
-    check_least(options, epochs=1, validate_every=1, patience=0, distillation=0, gradient_penalty=0)
+    check_least(options, epochs=1, validate_every=1, patience=0, distillation=0, gradient_penalty=0, seed=0)
     for name in ("minutes", "learning_rate"):
         value = getattr(options, name)
         if value is not None and not 0 < value < math.inf:
             raise UserError(f"{flag(name)} is {value}; it must be above 0")
     if options.ema is not None and not 0 <= options.ema < 1:
         raise UserError(f"--ema is {options.ema}; it must be 0 or more, below 1")
-    if not 0 <= options.seed < 2**32:
-        raise UserError(f"--seed is {options.seed}; it must be 0 or more, below 2^32")
     if options.start == "dense" and options.elastic is not None:
         raise UserError("--elastic is of no use with --start dense; leave one out")
     options.ingredients.check()
@@ -248,10 +255,16 @@ def read_source(
     assert source is not None
     if not source.is_dir():
         if not source.is_file():
-            raise UserError(f"{source} does not exist; give a run folder or a plan file")
+            problem = "is no file" if source.exists() else "does not exist"
+            raise UserError(f"{source} {problem}; give a run folder or a plan file")
         task, start = load_task(options.task or DEFAULT_TASK, device), options.start or "elastic"
         return read_plan(source, options.plan), task, cut_from(task, start, options.elastic), start
     folder = open_run(source)
+    if is_finetuning(folder):
+        began = read_json(folder.options)["source"]
+        raise UserError(
+            f"{source} is itself a finetuning; give what it began with, {began}, and more --epochs"
+        )
     folder.require(folder.plan, folder.elastic_reference)
     known = task_of(folder)
     if options.task not in (None, known):
@@ -282,13 +295,17 @@ def read_plan(path: Path, name: str) -> Plan:
     Raises:
         UserError: no such plan.
     """
-    data = read_json(path)
+    data = read_json(path, otherwise="a plan file is JSON: see docs/finetuning.md")
     if not isinstance(data, dict):
         raise UserError(f"{path} holds no plan; it needs the key 'widths' with one list per network")
     if "widths" not in data and any(isinstance(value, dict) for value in data.values()):
         if name not in data:
             raise unknown("plan", name, data)
         data = data[name]
+        if not isinstance(data, dict):
+            raise UserError(
+                f"{path} holds no plan {name!r}; it needs the key 'widths' with one list per network"
+            )
     try:
         return Plan.from_dict(data)
     except (ValueError, TypeError, AttributeError) as error:
@@ -334,7 +351,7 @@ def run(options: Options, folder: FinetuneFolder, console: Console) -> None:
         extractor = load_extractor(device=task.device)
         judge = Judge.build(*dense, images.val, extractor)
         training = training_options(options, task)
-        log = EpochLog(folder.log, fingerprint(options, training, raw))
+        log = EpochLog(folder.log, fingerprint(options, training, raw, task, extractor))
         beside = DensePair(*dense, task.groups["generator"])
         trainer = task.finetuner(*raw, dense[0], training, options.ingredients, beside)
         load_checkpoint(folder.checkpoint, trainer)
@@ -370,7 +387,8 @@ def run(options: Options, folder: FinetuneFolder, console: Console) -> None:
     write_json(
         folder.run.evaluation,
         {
-            "seconds": watch.seconds,
+            # of the whole training, also where it went on after an interruption
+            "seconds": watch.seconds | {"finetune": round(trainer.spent, 1)},
             "protocol": protocol,
             "verdict": verdict.sentence,
             "kept": verdict.kept,
@@ -423,10 +441,19 @@ def train(
         return trainer.pair(trainer.fit(images.train, on_epoch))
 
 
-def fingerprint(options: Options, training: TrainingOptions | CycleOptions, raw: Pair) -> dict[str, Any]:
+def is_finetuning(folder: RunFolder) -> bool:
+    """Whether this program made the folder."""
+    return "source" in read_json(folder.options)
+
+
+def fingerprint(
+    options: Options, training: TrainingOptions | CycleOptions, raw: Pair, task: Task, extractor: Extractor
+) -> dict[str, Any]:
     """What the log depends on."""
     return {
         "start": {agent: state_hash(network) for agent, network in zip(AGENTS, raw, strict=True)},
+        "dense_pair": {agent: state_hash(task.networks[agent]) for agent in AGENTS},
+        "extractor": f"{extractor.name} {extractor.fingerprint}",
         "training": plain(asdict(training)),
         "ingredients": plain(options.ingredients.described(isinstance(training, TrainingOptions))),
     }

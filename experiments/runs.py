@@ -319,8 +319,12 @@ def describe_run(folder: RunFolder, options: Any, **more: Any) -> None:
     write_json(folder.about, plain(about))
 
 
-def read_json(path: Path) -> Any:
-    """Read one of the folder's JSON files.
+def read_json(path: Path, otherwise: str = "make the run again") -> Any:
+    """Read a JSON file, of a run folder or of the user's.
+
+    Args:
+        path: the file.
+        otherwise: what to do where it is no JSON.
 
     Raises:
         UserError: missing, or no valid JSON.
@@ -329,8 +333,8 @@ def read_json(path: Path) -> Any:
         raise UserError(f"{path} does not exist; {path.parent} is an unfinished run or none")
     try:
         return json.loads(path.read_text())
-    except ValueError as error:
-        raise UserError(f"{path} is no valid JSON ({error}); make the run again") from error
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is no valid JSON ({error}); {otherwise}") from error
 
 
 def read_options(folder: RunFolder, kind: type[T]) -> T:
@@ -343,7 +347,8 @@ def read_options(folder: RunFolder, kind: type[T]) -> T:
         return typing.cast("T", _restore(kind, read_json(folder.options)))
     except (TypeError, KeyError) as error:
         raise UserError(
-            f"{folder.options} does not fit this version of the program: {error.args[0]}; make the run again"
+            f"{folder.options} was written by another program or version: {error.args[0]}; give a "
+            "folder that this one wrote, or make the run again"
         ) from error
 
 
@@ -358,7 +363,7 @@ def flag(name: str) -> str:
 
 
 def check_least(options: Any, **least: float) -> None:
-    """Refuse numbers that are too small, infinite or NaN; None is no number and passes.
+    """Refuse numbers that are too small, infinite or NaN, and seeds of more than 32 bits; None passes.
 
     Args:
         options: a dataclass of options.
@@ -371,6 +376,8 @@ def check_least(options: Any, **least: float) -> None:
         value = getattr(options, name)
         if value is not None and not smallest <= value < math.inf:
             raise UserError(f"{flag(name)} is {value}; it must be {smallest} or more")
+        if name == "seed" and value is not None and value >= 2**32:
+            raise UserError(f"{flag(name)} is {value}; it must be below 2^32")
 
 
 def given_options(options: Any, free: Sequence[str]) -> dict[str, Any]:

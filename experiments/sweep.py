@@ -114,7 +114,8 @@ def open_sweep(options: Options) -> tuple[Options, RunFolder]:
         return resumed_options(folder, options, STUDY_FREE_ON_RESUME), folder
     check_least(options, seeds=1, epochs=1, evaluations=1, seed=0)
     options = replace(options, algo=check_learner(options.algo))
-    if not options.shares or len(set(options.shares)) < len(options.shares):
+    # as folders and tables name them
+    if not options.shares or len({f"{share:g}" for share in options.shares}) < len(options.shares):
         raise UserError(f"--shares is {options.shares}; name one or more, each once")
     task = load_task(options.task, pick_device(options.device))
     check_counterparts(task, "test")

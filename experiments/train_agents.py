@@ -147,9 +147,7 @@ def open_folder(options: Options) -> tuple[Options, RunFolder]:
             )
         return read_options(folder, Options), folder
     options = replace(options, algo=check_learner(options.algo))
-    check_least(options, evaluations=1, epochs=0, warm_up=0)
-    if not 0 <= options.seed < 2**32:
-        raise UserError(f"--seed is {options.seed}; it must be 0 or more, below 2^32")
+    check_least(options, evaluations=1, epochs=0, warm_up=0, seed=0)
     options.ingredients.check()
     own, task = open_task(options)
     budgets = build_budgets(options.budget, task.networks)

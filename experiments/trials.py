@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -162,8 +163,8 @@ class Settings:
             raise UserError(f"trials train for {self.epochs} epochs; they need 1 or more")
         if self.split not in ("val", "test"):
             raise unknown("split", self.split, ("val", "test"))
-        if self.seconds is not None and not self.seconds > 0:
-            raise UserError(f"trials train for {self.seconds} seconds; they need more than 0")
+        if self.seconds is not None and not 0 < self.seconds < math.inf:
+            raise UserError(f"trials train for {self.seconds} seconds; they need a finite number above 0")
         self.ingredients.check()
 
     def options(self, seed: int, task: Task) -> TrainingOptions | CycleOptions:

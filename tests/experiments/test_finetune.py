@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import copy
 import json
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -8,11 +10,13 @@ from typing import Any
 
 import pandas as pd
 import pytest
+import torch
 from PIL import Image
 
 from experiments import cli, finetune
 from experiments.finetune import EpochLog, Options
 from experiments.runs import create_run, describe_run
+from experiments.train_agents import Options as TrainOptions
 from gan import networks
 from gan.checkpoints import load_network, tensors_hash
 from gan.cyclegan import CYCLE_FINETUNING
@@ -220,7 +224,7 @@ def make_run(tmp_path: Path) -> Callable[[dict[str, Any]], Path]:
 
     def make(reference: dict[str, Any]) -> Path:
         folder = create_run("tiny", "random", 0, tmp_path / "run")
-        describe_run(folder, replace(Options(), task="tiny"))
+        describe_run(folder, replace(TrainOptions(), task="tiny"))
         write_json(folder.plan, {"best": {"widths": WIDTHS}, "uniform": {"widths": DENSE}})
         write_json(folder.elastic_reference, reference)
         return folder.path
@@ -247,6 +251,60 @@ def test_a_finished_finetuning_is_not_resumed(options: Options, tmp_path: Path) 
         finetune.main(Options(resume=tmp_path / "out"))
     with pytest.raises(UserError, match="leave out the run or plan, --epochs"):
         finetune.main(Options(source=tmp_path, resume=tmp_path / "out", epochs=3))
+
+
+def test_runs_and_finetunings_are_told_apart(
+    options: Options, make_run: Callable[[dict[str, Any]], Path], tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="is no finetuning"):
+        finetune.main(Options(resume=make_run({"start": "dense"})))
+    finetune.main(replace(options, epochs=1))
+    with pytest.raises(UserError, match="itself a finetuning; give what it began with"):
+        finetune.main(Options(source=tmp_path / "out"))
+
+
+def test_another_dense_pair_is_no_way_to_go_on(
+    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny: Task
+) -> None:
+    def stop(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(finetune, "save_checkpoint", stop)
+    with pytest.raises(KeyboardInterrupt):
+        finetune.main(options)
+    other = copy.deepcopy(dict(tiny.networks))
+    with torch.no_grad():
+        next(other["generator"].parameters()).add_(0.1)
+    monkeypatch.setattr(finetune, "load_task", lambda *_: replace(tiny, networks=other))
+    with pytest.raises(UserError, match="written with another dense_pair"):
+        finetune.main(Options(resume=tmp_path / "out"))
+
+
+@pytest.mark.parametrize(
+    ("content", "sentence"),
+    [
+        (b"\x93\x00", "no valid JSON .*; a plan file is JSON"),
+        (b"[" * 100_000, "no valid JSON .*; a plan file is JSON"),
+        (b'{"best": 3, "uniform": {"widths": {}}}', "holds no plan 'best'"),
+        (b'{"widths": {"generator": [4, 8, 8, 8, 4], "critic": [4, 6]}}', "unknown network 'critic'"),
+    ],
+)
+def test_what_is_no_plan_is_a_sentence(
+    options: Options, plan: Path, tmp_path: Path, content: bytes, sentence: str
+) -> None:
+    plan.write_bytes(content)
+    with pytest.raises(UserError, match=sentence):
+        finetune.main(options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_finetuning_that_goes_astray_keeps_the_start(
+    options: Options, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kids = iter([2.0, math.nan, 1.0])  # the start, the end, the dense pair
+    monkeypatch.setattr(finetune, "measure", lambda *_: {"val_kid": next(kids), "val_l1": 0.1})
+    finetune.main(replace(options, epochs=1))
+    assert json.loads((tmp_path / "out" / "evaluation.json").read_text())["kept"] == "before"
 
 
 def test_a_damaged_checkpoint_is_a_sentence(

@@ -79,6 +79,8 @@ def test_the_road_and_its_resume(tmp_path: Path) -> None:
         ("--evaluations 0", "--evaluations is 0"),
         ("--algo mapo", "'mapo'"),
         ("--shares 0.5 0.5", "each once"),
+        ("--shares 0.5 0.5000000001", "each once"),
+        ("--seed 99999999999", "below 2^32"),
         ("--shares 0.0000001", "cannot be reached"),
         ("--shares 2", "at most 1"),
         ("--resume nowhere", "nowhere does not exist"),
