@@ -139,7 +139,7 @@ def _tiles(name: str, tile: int, columns: int, count: int) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(tiles[:count]))
 
 
-EMBEDDED = {"edges2emoji": ("edges.png", "noto.png"), "noto2twemoji": ("noto.png", "twemoji.png")}
+EMBEDDED = {"edges2emoji": ("edges.png", "noto.webp"), "noto2twemoji": ("noto.webp", "twemoji.webp")}
 """Embedded images → the sheets of the inputs and of the targets."""
 
 

@@ -59,7 +59,7 @@ def test_val_images_are_unseen_and_so_are_test_images_but_one():
 
 
 def test_tiles_are_cut_row_by_row():
-    with (FOLDER / "noto.png").open("rb") as noto, (FOLDER / "edges.png").open("rb") as edges:
+    with (FOLDER / "noto.webp").open("rb") as noto, (FOLDER / "edges.png").open("rb") as edges:
         sheets = [np.asarray(Image.open(file).convert("RGB")) for file in (edges, noto)]
     pairs = embedded_pairs("edges2emoji", "val")
     places = [i for i, item in enumerate(INDEX["items"]) if item["split"] == "val"]
