@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import tyro
 
@@ -46,6 +48,27 @@ def parse(
         # the default None is left out, not set to None.
         config=(tyro.conf.FlagCreatePairsOff, tyro.conf.DisallowNone),
     )
+
+
+def command(program: str, options: Any, usual: Any) -> str:
+    """The command line that gives some options; without paths, which are a machine's own.
+
+    Args:
+        program: the file's name without ending.
+        options: a dataclass.
+        usual: the same at its defaults, which are left out.
+    """
+    return " ".join([f"python experiments/{program}.py", *_flags(options, usual, "--")])
+
+
+def _flags(options: Any, usual: Any, prefix: str) -> Iterator[str]:
+    for field in dataclasses.fields(options):
+        value, without = getattr(options, field.name), getattr(usual, field.name)
+        name = f"{prefix}{field.name.replace('_', '-')}"
+        if dataclasses.is_dataclass(value):
+            yield from _flags(value, without, f"{name}.")
+        elif value != without and not isinstance(value, Path):
+            yield from [name] if value is True else [name, str(value)]
 
 
 def check_new_file(path: Path) -> None:
@@ -104,3 +127,6 @@ def run(
     except KeyboardInterrupt as error:
         print(f"\n{str(error) or 'stopped by Ctrl-C; what is written so far stays'}", file=sys.stderr)
         sys.exit(130)
+    except BrokenPipeError:  # the reader, head or a pager, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains as it flushes
+        sys.exit(1)

@@ -164,7 +164,7 @@ def main(options: Options) -> None:
     recipe = {
         "task": options.task,
         "image_size": int(next(iter(work.picture(result).values())).shape[-1]),
-        "command": f"python experiments/pretrain_gan.py --task {options.task}",
+        "command": cli.command("pretrain_gan", options, Options()),
         "training": asdict(work.options)
         | ({"perceptual": options.perceptual} if options.task in TASKS else {}),
         "epochs": trainer.epoch,

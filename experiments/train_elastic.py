@@ -55,7 +55,7 @@ def main(options: Options) -> None:
 
         weights = warm_up(task, build_budgets(options.budget), options.cost, options.warm_up, on_step)
     save_elastic(options.output, weights, task)
-    command = "python experiments/train_elastic.py"
+    command = cli.command("train_elastic", options, Options(options.output))
     recipe = {"task": options.task, "command": command, "budget": options.budget, "cost": options.cost}
     recipe |= asdict(options.warm_up)
     write_json(options.output.with_suffix(".json"), recipe)

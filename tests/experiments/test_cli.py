@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,6 +10,8 @@ import pytest
 
 from experiments import cli
 from gan.errors import UserError
+
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @dataclass(frozen=True)
@@ -76,3 +80,34 @@ def test_an_interruption_says_how_to_go_on(tmp_path: Path) -> None:
         cli.resumable("sweep", tmp_path / "mine", "whole epochs are kept"),
     ):
         raise KeyboardInterrupt
+
+
+def test_a_command_names_what_is_not_usual() -> None:
+    @dataclass(frozen=True)
+    class Inner:
+        rate: float = 0.1
+        amp: bool = False
+
+    @dataclass(frozen=True)
+    class Outer:
+        output: Path = Path("out")
+        keep_every: int = 10
+        inner: Inner = field(default_factory=Inner)
+
+    options = Outer(Path("/somewhere"), 5, Inner(amp=True))
+    assert cli.command("make", options, Outer()) == "python experiments/make.py --keep-every 5 --inner.amp"
+    assert cli.command("make", Outer(), Outer()) == "python experiments/make.py"
+
+
+def test_a_reader_that_goes_away_is_no_defect() -> None:
+    program = ROOT / "experiments" / "train_agents.py"
+    whole = subprocess.Popen(
+        [sys.executable, program, "--help"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    assert whole.stdout is not None
+    assert whole.stderr is not None
+    whole.stdout.close()  # before anything is written
+    error = whole.stderr.read()
+    whole.stderr.close()
+    assert whole.wait() == 1
+    assert error == ""

@@ -7,13 +7,14 @@ from typing import Any
 
 import pytest
 
-from experiments import pretrain_gan
+from experiments import cli, pretrain_gan
 from experiments.pretrain_gan import Options, main
 from gan.checkpoints import load_network, state_hash
 from gan.cyclegan import CycleOptions
 from gan.data import embedded_pairs, embedded_unpaired
 from gan.errors import UserError
 from gan.features import Extractor
+from gan.tasks import ASSETS
 from gan.training import TrainingOptions
 
 
@@ -136,3 +137,18 @@ def test_what_makes_no_sense_is_refused(
     with pytest.raises(UserError, match=sentence):
         main(replace(options, **change))
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("folder", sorted({path.parent for path in ASSETS.glob("*/generator*.json")}))
+def test_what_ships_says_how_it_was_made(folder: Path) -> None:
+    for path in folder.glob("*.json"):
+        recipe = json.loads(path.read_text())
+        if "training" not in recipe:  # not pretrained networks
+            continue
+        program, *arguments = recipe["command"].split()[1:]
+        assert program == "experiments/pretrain_gan.py"
+        made = cli.parse(Options, "", (), arguments)
+        assert made.task == recipe["task"]
+        options = made.cycle if "cycle" in recipe["training"] else made.training
+        for name in ("learning_rate", "amp", "gradient_penalty", "batch_size"):
+            assert getattr(options, name) == recipe["training"].get(name, 0.0)
