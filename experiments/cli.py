@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import tyro
 
+from experiments.runs import flag
 from gan.errors import UserError
 
 Options = TypeVar("Options")
@@ -58,17 +59,17 @@ def command(program: str, options: Any, usual: Any) -> str:
         options: a dataclass.
         usual: the same at its defaults, which are left out.
     """
-    return " ".join([f"python experiments/{program}.py", *_flags(options, usual, "--")])
+    return " ".join([f"python experiments/{program}.py", *_flags(options, usual)])
 
 
-def _flags(options: Any, usual: Any, prefix: str) -> Iterator[str]:
+def _flags(options: Any, usual: Any, path: str = "") -> Iterator[str]:
     for field in dataclasses.fields(options):
         value, without = getattr(options, field.name), getattr(usual, field.name)
-        name = f"{prefix}{field.name.replace('_', '-')}"
+        name = f"{path}{field.name}"
         if dataclasses.is_dataclass(value):
             yield from _flags(value, without, f"{name}.")
         elif value != without and not isinstance(value, Path):
-            yield from [name] if value is True else [name, str(value)]
+            yield from [flag(name)] if value is True else [flag(name), str(value)]
 
 
 def check_new_file(path: Path) -> None:

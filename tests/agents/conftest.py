@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from envs.pruning_env import PruningEnv
+from agents.registry import build_agent
+from envs.pruning_env import PruningEnv, Reward
 from envs.records import Episode, Evaluation
 from envs.toy import toy_env
 
@@ -42,3 +43,14 @@ def recorded() -> Recorded:
         return toy_env(evaluations, listener=recorder, **options), recorder
 
     return build
+
+
+def best_scores(name: str, seeds: int, reward: Reward) -> list[float]:
+    """What a learner of each seed 0, 1, … finds on the toy with 300 evaluations."""
+    scores = []
+    for seed in range(seeds):
+        env = toy_env(300, reward)
+        build_agent(name, seed).learn(env)
+        assert env.best is not None
+        scores.append(env.best.potential)
+    return scores

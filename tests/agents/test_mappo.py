@@ -16,7 +16,7 @@ from agents.vec_env import TeamVecEnv
 from envs.pruning_env import Reward
 from envs.toy import toy_env, toy_optimum
 from gan.errors import UserError
-from tests.agents.conftest import Recorded
+from tests.agents.conftest import Recorded, best_scores
 
 Batch = dict[str, torch.Tensor]
 
@@ -237,28 +237,15 @@ def test_minibatches_divide_the_rollout(rows: int, minibatches: int, size: int) 
 
 def test_mappo_beats_random() -> None:
     """Mean best score after 300 evaluations under ``step``, over 5 fixed seeds."""
-    best: dict[str, list[float]] = {"mappo": [], "random": []}
-    for name, scores in best.items():
-        for seed in range(5):
-            env = toy_env(300)
-            build_agent(name, seed).learn(env)
-            assert env.best is not None
-            scores.append(env.best.potential)
-    assert np.mean(best["mappo"]) > np.mean(best["random"])
+    assert np.mean(best_scores("mappo", 5, "step")) > np.mean(best_scores("random", 5, "step"))
 
 
 @pytest.mark.slow
 def test_the_shared_critic_is_no_worse_than_own_critics() -> None:
     """Under the default reward, over 3 fixed seeds; under ``step`` it is: see docs/results.md."""
-    best: dict[str, list[float]] = {"mappo": [], "ippo": []}
-    for name, scores in best.items():
-        for seed in range(3):
-            env = toy_env(300, "final")
-            build_agent(name, seed).learn(env)
-            assert env.best is not None
-            scores.append(env.best.potential)
-    error = np.sqrt((np.var(best["mappo"], ddof=1) + np.var(best["ippo"], ddof=1)) / 3)
-    assert np.mean(best["mappo"]) >= np.mean(best["ippo"]) - error
+    shared, own = best_scores("mappo", 3, "final"), best_scores("ippo", 3, "final")
+    error = np.sqrt((np.var(shared, ddof=1) + np.var(own, ddof=1)) / 3)
+    assert np.mean(shared) >= np.mean(own) - error
 
 
 def test_paid_in_the_end_its_proposals_come_near_the_optimum() -> None:

@@ -21,7 +21,7 @@ from envs.pruning_env import Reward
 from envs.toy import toy_env, toy_optimum
 from gan.errors import UserError
 from gan.evaluations import EvaluationLog
-from tests.agents.conftest import Recorded, Recorder
+from tests.agents.conftest import Recorded, Recorder, best_scores
 
 NAMED = ("ppo", "a2c", "sac", "td3", "ddpg")
 BY_PATH = ("stable_baselines3.PPO", "sb3_contrib.TQC", "sb3_contrib.ARS")
@@ -232,12 +232,5 @@ def test_off_policy_learners_begin_after_as_many_scored_plans(reward: Reward, ex
 @pytest.mark.parametrize("name", NAMED)
 def test_controllers_beat_random_search_at_equal_evaluations(name: str) -> None:
     """Best of 300 plans under the default reward: two seeds beat random by half the way up."""
-    best: dict[str, list[float]] = {name: [], "random": []}
-    for learner, scores in best.items():
-        for seed in range(2):
-            env = toy_env(300, "final")
-            build_agent(learner, seed).learn(env)
-            assert env.best is not None
-            scores.append(env.best.potential)
-    random_ = np.mean(best["random"])
-    assert min(best[name]) > random_ + 0.5 * (toy_optimum(toy_env()).potential - random_)
+    random_ = np.mean(best_scores("random", 2, "final"))
+    assert min(best_scores(name, 2, "final")) > random_ + 0.5 * (toy_optimum(toy_env()).potential - random_)
