@@ -1,4 +1,4 @@
-"""MAPPO on stock SB3 PPO: actors that see their own vector, a critic that sees the team's state."""
+"""MAPPO on stock SB3 PPO: actors that see their own vector, a critic that sees the team's state beside it."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ class MappoOptions:
     """Options of :class:`Mappo`, found on the toy problem and larger analytic ones.
 
     Attributes:
-        critic: ``shared`` sees the team's state (MAPPO); ``own``: one per network kind, which sees only what
-            its actor sees (IPPO), for comparison.
+        critic: ``shared``: one for all, which sees the team's state and whose turn it is (MAPPO); ``own``: one
+            per network kind, which sees only what its actor sees (IPPO), for comparison.
         episodes: episodes per rollout, ≥ 1. SB3's default of 2,048 steps would never update in a short run.
         learning_rate: of Adam.
         epochs: passes over a rollout.
@@ -151,16 +151,24 @@ class TrunkPerKind(nn.Module):
 
 
 class Trunks(nn.Module):
-    """What SB3 calls ``mlp_extractor``: the actors' trunks on ``local``, the critic's on its own part."""
+    """What SB3 calls ``mlp_extractor``: the actors' trunks on ``local``, the critic's on what it sees.
+
+    The shared critic sees the state and what the actor sees: the agent-specific global state of Yu et al.
+    2022, section 5.2. From the state alone it cannot tell which group is about to be cut, and what that
+    costs; it then was no better than own critics (docs/results.md).
+    """
 
     def __init__(self, local: int, state: int, critic: Critic, hidden: int, waves: int) -> None:
         super().__init__()
         self.actor = TrunkPerKind(local, hidden, waves)
         self.critic: nn.Module
+        self.critic_sees: tuple[str, ...]
         if critic == "shared":
-            self.critic, self.critic_sees, self.latent_dim_vf = Trunk(state, hidden), "state", hidden
+            # local first: the waves are those of its position
+            self.critic, self.critic_sees = Trunk(local + state, hidden, waves), ("local", "state")
+            self.latent_dim_vf = hidden
         else:
-            self.critic, self.critic_sees = TrunkPerKind(local, hidden, waves), "local"
+            self.critic, self.critic_sees = TrunkPerKind(local, hidden, waves), ("local",)
             self.latent_dim_vf = 2 * hidden
         self.latent_dim_pi = 2 * hidden
 
@@ -170,7 +178,7 @@ class Trunks(nn.Module):
 
     def forward_critic(self, observations: Mapping[str, Tensor]) -> Tensor:
         """(batch, latent_dim_vf)."""
-        return self.critic(observations[self.critic_sees])
+        return self.critic(torch.cat([observations[part] for part in self.critic_sees], dim=1))
 
 
 class TeamPolicy(ActorCriticPolicy):
@@ -182,7 +190,7 @@ class TeamPolicy(ActorCriticPolicy):
 
     Args:
         args: as of SB3's policies.
-        critic: what the critic sees.
+        critic: whose critic it is, and with that what it sees.
         hidden: width of the hidden layers.
         waves: position frequencies of the actors.
         options: as of SB3's policies.
@@ -205,9 +213,9 @@ class TeamPolicy(ActorCriticPolicy):
 class Mappo:
     """Multi-agent PPO (Yu et al. 2022, arXiv:2103.01955): cooperative actors and one centralised critic.
 
-    Every agent is a slot of the vectorised environment, so SB3's ratios are per agent, while the team's
-    reward and the critic's view, and with them the advantages, are the same for all. γ = 1: a return is the
-    final plan's gain over uniform, whose unit is fit to learn from (typical difference of random plans).
+    Every agent is a slot of the vectorised environment, so SB3's ratios are per agent, while the reward is the
+    team's. γ = 1: a return is the final plan's gain over uniform, whose unit is fit to learn from (typical
+    difference of random plans).
 
     Args:
         seed: of weights, actions and budgets drawn.

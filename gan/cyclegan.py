@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from gan.data import PairedImages, UnpairedImages, unpaired_batches
 from gan.errors import UserError
+from gan.feature_critic import FeatureCritic
 from gan.loop import (
     Critic,
     LoopOptions,
@@ -63,6 +64,9 @@ class CycleOptions(LoopOptions):
     smoothness: float = 0.0
     """Weight of the total variation of what a generator changes, its output minus its input: for styles that
     differ in colour and shading. A grain that nobody sees hides what closes the cycle; this makes it dear."""
+    features: float = 0.0
+    """Weight of critics that see early maps of EfficientNet-Lite1, beside the discriminators, which see
+    pixels; they are not part of the result. 0 is off."""
     pool: int = 50
     """Made images that the discriminators are shown again; 0 shows them the newest only."""
     discriminator_batches: int = 1
@@ -179,16 +183,21 @@ class _Learner:
         self.averaged = copy.deepcopy(self.generator).eval().requires_grad_(False)
         self.optimizer = adam(self.generator)
         self.critic = Critic(translator.discriminator, options, random)
+        self.beholder: FeatureCritic | None = None
+        if options.features > 0:
+            device = next(self.generator.parameters()).device
+            self.beholder = FeatureCritic(options, random, device)
         self.pool = ImagePool(options.pool, random)
 
     def _parts(self) -> dict[str, Any]:
-        return {
+        parts = {
             "generator": self.generator,
             "averaged": self.averaged,
             "optimizer": self.optimizer,
             "critic": self.critic,
             "pool": self.pool,
         }
+        return parts if self.beholder is None else parts | {"beholder": self.beholder}
 
     def state_dict(self) -> dict[str, Any]:
         return {name: part.state_dict() for name, part in self._parts().items()}
@@ -276,6 +285,10 @@ class CycleTrainer(Trainer[UnpairedImages, tuple[Tensor, Tensor], dict[Direction
             fooling = learner.critic.fooled(None, made[direction])
             total = total + fooling
             losses[f"adversarial {direction}"] = fooling.detach()
+            if learner.beholder is not None:
+                unseen = learner.beholder.fooled(made[direction])
+                total = total + options.features * unseen
+                losses[f"features {direction}"] = unseen.detach()
             if options.identity > 0:
                 same = F.l1_loss(self._translate(direction, targets[direction]), targets[direction])
                 total = total + options.identity * options.cycle * same
@@ -321,6 +334,8 @@ class CycleTrainer(Trainer[UnpairedImages, tuple[Tensor, Tensor], dict[Direction
             rate = learning_rate * self.options.discriminator_rate
             lost[direction], margin = learner.critic.learn(None, real[direction], shown, rate)
             margins.append(margin)
+            if learner.beholder is not None:
+                learner.beholder.learn(real[direction], shown, rate)
         return lost, torch.stack(margins).mean()
 
     def _translate(self, direction: Direction, images: Tensor) -> Tensor:
