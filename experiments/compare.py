@@ -20,6 +20,7 @@ from experiments.comparison import ABLATIONS, FULL, Done, Factory, Job, RunOptio
 from experiments.comparison_pace import (
     Countdown,
     Scale,
+    Wanted,
     announce,
     by_log,
     missing_jobs,
@@ -290,10 +291,12 @@ def finetune_all(
         Run → the results of its plan and of the uniform one, one for each finetuning seed.
     """
     seeds = range(scale.finetuning_seeds)
-    tuned: dict[RunOptions, Tuned] = {}
-    for (path, settings), group in by_log(study, runs).items() if seeds else ():
+    if not seeds:
+        return {}
+    tuned: dict[Wanted, tuple[TrialResult, ...]] = {}
+    for (path, settings), group in by_log(study, runs).items():
         path.parent.mkdir(exist_ok=True)
-        wanted = {run: trials_of(study, run, seeds) for run in group}
+        wanted = {one: trials_of(study, one, seeds) for one in group}
         trials = [trial for row in wanted.values() for trial in row]
         number = missing_trials(settings, trials, path)
         with watch.stage(f"finetune {path.stem}", number) as stage:
@@ -305,10 +308,9 @@ def finetune_all(
 
             results = run_trials(settings, trials, path, workers=scale.workers, on_done=on_done)
         known = {result.trial.key: result for result in results}
-        for run, row in wanted.items():
-            found = [known[trial.key] for trial in row]
-            tuned[run] = tuple(found[: len(seeds)]), tuple(found[len(seeds) :])
-    return tuned
+        for one, row in wanted.items():
+            tuned[one] = tuple(known[trial.key] for trial in row)
+    return {run: (tuned[Wanted(run, False)], tuned[Wanted(run, True)]) for run in runs}
 
 
 if __name__ == "__main__":

@@ -238,9 +238,12 @@ class Study:
         raw = run.start == "dense" and not judged
         return Place(run.task, run.cost, run.budget, "dense" if raw else self.elastic(run.task, run.seed))
 
-    def settings(self, run: RunOptions) -> Settings:
-        """How a run's plan is finetuned: measured on the test images, which nothing was chosen on."""
-        weights = self.place(run).weights
+    def settings(self, run: RunOptions, judged: bool = False) -> Settings:
+        """How a run's plan is finetuned, or, judged, the uniform plan that it is compared with.
+
+        Measured on the test images, which nothing was chosen on.
+        """
+        weights = self.place(run, judged).weights
         return Settings.of(run.task, weights, run.epochs, run.images, self.device, "test")
 
 
