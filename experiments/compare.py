@@ -110,7 +110,7 @@ class Options:
     @property
     def resolved(self) -> Options:
         """The same options with everything named that was left out."""
-        variants = tuple(ABLATIONS) if self.variants == ("all",) else self.variants
+        variants = tuple(ABLATIONS) if "all" in self.variants else self.variants
         return replace(
             self,
             algos=tuple(map(resolve_agent, self.algos or LEARNERS)),
@@ -133,32 +133,36 @@ class Options:
 
 
 def product(options: Options) -> Iterator[RunOptions]:
-    """Every run of a comparison; a variant that changes nothing about its learner is left out.
+    """Every run of a comparison; a variant that changes nothing that its learner notices is left out.
 
-    Seeds are the outer loop, so that an interrupted comparison has some runs of every kind.
+    Seeds are the outer loop, so that an interrupted comparison has some runs of every kind. A variant that
+    makes a learner another one of the comparison (``mappo`` with own critics is ``ippo``) is run as that.
 
     Args:
         options: resolved.
     """
     assert options.seeds is not None
-    axes = (range(options.seeds), options.tasks, options.budgets, options.algos, options.variants)
-    given: list[RunOptions] = []
-    for seed, task, budget, algo, variant in itertools.product(*axes):
-        run = RunOptions(
-            task=task,
-            algo=algo,
-            seed=seed,
-            budget=budget,
-            cost=options.cost,
-            evaluations=options.evaluations,
-            reward=options.reward,
-            weights=options.weights,
-            epochs=options.epochs,
-            quick=options.quick,
-        ).varied(variant)
-        if not any(run.same_search(other) for other in given):
-            given.append(run)
-            yield run
+    tasks, budgets = dict.fromkeys(options.tasks), dict.fromkeys(options.budgets)
+    for seed, task, budget in itertools.product(range(options.seeds), tasks, budgets):
+        runs = [
+            RunOptions(
+                task=task,
+                algo=algo,
+                seed=seed,
+                budget=budget,
+                cost=options.cost,
+                evaluations=options.evaluations,
+                reward=options.reward,
+                weights=options.weights,
+                epochs=options.epochs,
+                quick=options.quick,
+            ).varied(variant)
+            for algo, variant in itertools.product(options.algos, options.variants)
+        ]
+        first: dict[RunOptions, RunOptions] = {}
+        for run in sorted(runs, key=lambda run: run.variant != FULL):
+            first.setdefault(run.noticed, run)
+        yield from (run for run in runs if first[run.noticed] is run)
 
 
 def main(options: Options) -> None:
@@ -237,8 +241,11 @@ def check(options: Options) -> None:
     for name, text in itertools.product(options.tasks, options.budgets):
         budgets = build_budgets(text)
         fixed_shares(budgets, text)
+        loaded = load_task(name, device)
         if options.cost != "latency":  # whose tables are measured in the comparison's folder
-            check_reachable(load_task(name, device), budgets, options.cost)
+            check_reachable(loaded, budgets, options.cost)
+    for _ in product(options):  # a variant may leave no reward at all
+        pass
 
 
 def study_of(options: Options, path: Path) -> Study:

@@ -23,6 +23,7 @@ from tests.experiments.test_comparison import ToyTask
 from tests.experiments.test_comparison import study as study
 
 BUDGETS = ("generator=0.1,discriminator=0.5", "generator=0.2,discriminator=0.5")
+BALANCE_ALONE = [f"--weights.{family}=0" for family in ("density", "fidelity", "recovery")]
 GIVEN = ["--algos", "random", "uniform", "--evaluations", "30", "--seeds", "2"]
 
 
@@ -108,6 +109,15 @@ def test_variants_that_change_nothing_are_left_out() -> None:
     assert "step_reward" not in stepwise
     both = list(product(options(algos=("ippo", "mappo"), variants=("full", "own_critics"), seeds=1)))
     assert [run.label for run in both] == ["ippo", "mappo"]
+    both = list(product(options(algos=("mappo", "ippo"), variants=("full", "own_critics"), seeds=1)))
+    assert [run.label for run in both] == ["mappo", "ippo"]
+    # all that can be said of the rule is which discriminator stands beside it, and what it is cut from
+    rule = list(product(options(algos=("uniform",), variants=("all",), seeds=1)))
+    assert [run.variant for run in rule if run.algo == "uniform"] == [
+        *("full", "whole_discriminator", "raw_weights")
+    ]
+    twice = list(product(options(algos=("mappo", "mappo"), budgets=(BUDGETS[0],) * 2, seeds=1)))
+    assert [run.label for run in twice] == ["mappo"]
 
 
 def test_a_comparison_of_two(work: Work, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -285,6 +295,7 @@ def test_one_warm_up_for_a_task_and_seed(
         (["--finetuning-seeds", "-1"], "--finetuning-seeds is -1"),
         (["--evaluations", "0"], "--evaluations is 0"),
         (["--workers=-2"], "--workers is -2"),
+        (["--variants", "without_balance", *BALANCE_ALONE], "reward weights"),
     ],
 )
 def test_bad_input_is_a_sentence(
