@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
@@ -828,7 +829,7 @@ class GapHistory:
     """The balance gap over a search.
 
     Attributes:
-        gaps: of every plan, in the order of the evaluations.
+        gaps: of every plan, in the order in which they were scored.
         best: of the best plan so far, at each of them; empty where plans do not compare.
         uniform: of the uniform plan.
     """
@@ -884,16 +885,14 @@ def balance(search: GapHistory | None, finetunings: Sequence[Margins] = (), titl
 
 
 def _gap_panel(axes: Axes, search: GapHistory) -> None:
-    evaluations = np.arange(1, len(search.gaps) + 1)
-    axes.plot(evaluations, search.gaps, ".", color="0.65", markersize=4, label="every plan")
+    places = np.arange(1, len(search.gaps) + 1)
+    axes.plot(places, search.gaps, ".", color="0.65", markersize=4, label="every plan")
     if search.best:
-        axes.plot(
-            evaluations, search.best, color=COLOURS[0], drawstyle="steps-post", label="best plan so far"
-        )
+        axes.plot(places, search.best, color=COLOURS[0], drawstyle="steps-post", label="best plan so far")
     axes.axhline(search.uniform, color=COLOURS[1], linestyle="--", label="uniform plan")
     axes.set_ylim(bottom=0)
     axes.set_title("balance gap over the search (0 = as dense)")
-    axes.set_xlabel("evaluations")
+    axes.set_xlabel("plans in the order in which they were scored")
     axes.set_ylabel("balance gap")
     axes.legend(loc="best", fontsize=8)
 
@@ -914,6 +913,7 @@ def _margin_panel(axes: Axes, finetunings: Sequence[Margins]) -> None:
         axes.fill_between(steps, smooth.min(0), smooth.max(0), color=looks["color"], alpha=0.18, linewidth=0)
     many = max(len(one.margins) for one in finetunings) > 1
     axes.set_title("margin over finetuning" + (" · band: lowest to highest run" if many else ""))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("training steps")
     axes.set_ylabel("discriminator's logit, real minus made")
     axes.legend(loc="best", fontsize=8)
@@ -991,9 +991,7 @@ def fronts(panels: Sequence[FrontPanel], label: str, title: str = "") -> Figure:
             axes.invert_yaxis()
             axes.set_title(panel.title)
             axes.set_xlabel(label)
-        figure.axes[0].set_ylabel(
-            "lower is better; upwards is better" if len(panels) > 1 else "gap, better ↑"
-        )
+        figure.axes[0].set_ylabel("better ↑ (lower values)" if len(panels) > 1 else "gap (lower is better) ↑")
         handles = [
             Line2D([], [], label=one.label, **_front_looks(place, one.joined))
             for place, one in enumerate(panels[0].frontiers)
