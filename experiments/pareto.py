@@ -22,7 +22,7 @@ from experiments.comparison_report import markdown
 from experiments.credit import Searched, reopen, settings_of
 from experiments.figures import Frontier, FrontPanel, fronts, save_figure
 from experiments.front import Place, halvings, hypervolume
-from experiments.runs import RunFolder, open_run, plain, read_json, read_metrics, task_of
+from experiments.runs import RunFolder, open_run, plain, read_json, spent_evaluations, task_of
 from experiments.trials import Settings, Split, Trial, TrialResult, dense_row, run_trials
 from experiments.watch import Watch
 from gan.cost import DEFAULT_COST
@@ -91,7 +91,7 @@ class Known:
     @property
     def evaluations(self) -> int:
         """That its search spent."""
-        return int(read_metrics(self.folder)["evaluations"].max())
+        return spent_evaluations(self.folder)
 
 
 @dataclass(frozen=True)
@@ -216,7 +216,7 @@ def open_runs(paths: Sequence[Path]) -> tuple[list[Known], list[Known]]:
         UserError: none of the first kind, an unfinished search, or plans that do not compare.
     """
     runs = []
-    for path in paths:
+    for path in {path.resolve(): path for path in paths}.values():  # once each: evaluations are added up
         folder = open_run(path)
         folder.require(folder.plan, folder.metrics, folder.elastic_reference)
         check_one_pair(task_of(folder))

@@ -145,6 +145,8 @@ def test_runs_that_do_not_compare_are_refused(runs: dict[str, RunFolder], tmp_pa
         [runs["policy"]],
         [runs["low"]],
     )
+    again, _ = open_runs([runs["policy"].path, runs["policy"].path / ".." / runs["policy"].path.name])
+    assert len(again) == 1  # a run that is named twice has not searched twice
     with pytest.raises(UserError, match=r"needs a run whose generator had a range"):
         open_runs([runs["low"].path])
     other = make_run(tmp_path, "random", "0.1")
