@@ -258,7 +258,9 @@ def protocol(options: Options) -> str:
     parts = [
         f"{options.evaluations} evaluations on the val images for every search, {options.seeds} seed(s); the "
         "best score is that of the best plan so far, judged by the same reward on elastic weights for all: "
-        "0 = uniform, 1 = one typical difference between random plans in a term of weight 1.",
+        "0 = uniform, 1 = one typical difference between random plans in a term of weight 1. What is best so "
+        "far is told by the search's own reward, so that the curve of another reward or of raw weights may "
+        "fall.",
         "Intervals: 95 %, stratified bootstrap over the runs of each cell (Agarwal et al. 2021); IQM: the "
         "mean of the middle half of the runs.",
     ]
@@ -267,6 +269,11 @@ def protocol(options: Options) -> str:
             f"Every best plan is finetuned for {options.epochs} epochs with {options.finetuning_seeds} "
             "seed(s); KID* (EfficientNet-Lite0 at 112 px) of the test images and their mirror images "
             "against the real targets; nothing was chosen on them."
+        )
+    if options.finetuning_seeds and not options.warm_up:
+        parts.append(
+            "The uniform plan is one plan for all seeds: how far its result differs from finetuning to "
+            "finetuning is in no interval."
         )
     return " ".join(parts)
 

@@ -51,6 +51,8 @@ COLOURS = ("#12355b", "#c8465a", "#e3a72f", "#3f8f5f", "#6f5aa8", "#79b4c9", "#7
 """Neighbours differ in brightness, markers do the rest: figures must read in grey."""
 MARKERS = "osD^vPX*"
 MOST_SERIES = len(COLOURS)
+MOST_COLUMNS = 3
+"""Panels beside each other: more would be too small to read on a page."""
 FORMATS = (".png", ".pdf", ".svg")
 
 TERMS: dict[str, str] = {
@@ -524,7 +526,7 @@ class Estimates:
 
 
 def intervals(panels: Sequence[Estimates], label: str, title: str = "") -> Figure:
-    """Estimates with their intervals against a zero line, one panel beside the other.
+    """Estimates with their intervals against a zero line, up to three panels beside each other.
 
     Args:
         panels: what to draw.
@@ -532,12 +534,17 @@ def intervals(panels: Sequence[Estimates], label: str, title: str = "") -> Figur
         title: of the figure.
     """
     tallest = max(len(panel.labels) for panel in panels)
+    columns = min(MOST_COLUMNS, len(panels))
+    rows = math.ceil(len(panels) / columns)
     with mpl.rc_context(STYLE):
         longest = _legend_width([label for panel in panels for label in panel.labels])
-        size = (max(6.5, (3.6 + longest) * len(panels)), 1.6 + 0.4 * max(2, tallest))
+        size = (max(6.5, (3.6 + longest) * columns), rows * (1.6 + 0.4 * max(2, tallest)))
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)
-        for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        grid = figure.subplots(rows, columns, squeeze=False).flatten()
+        for axes in grid[len(panels) :]:
+            axes.set_visible(False)
+        for axes, panel in zip(grid, panels, strict=False):
             centres = np.nanmean(panel.values, axis=1) if panel.centres is None else panel.centres
             for place, (values, bounds) in enumerate(zip(panel.values, panel.bounds, strict=True)):
                 axes.plot(values, np.full(len(values), place), ".", color=COLOURS[2], markersize=5, zorder=4)
@@ -721,7 +728,7 @@ def score_curves(panels: Sequence[LinePanel], label: str, title: str = "") -> Fi
             f"{len(places)} curves cannot be told apart in one figure; draw at most {2 * MOST_SERIES}"
         )
     order = sorted(ends, key=lambda name: -float(np.mean(ends[name])))
-    columns = min(3, len(panels))
+    columns = min(MOST_COLUMNS, len(panels))
     rows = math.ceil(len(panels) / columns)
     with mpl.rc_context(STYLE):
         size = (1.4 + _legend_width(order) + max(4.8, 4.2 * columns), 0.8 + 3.4 * rows)

@@ -65,12 +65,12 @@ def find_policy(path: Path, algo: str) -> Path:
         raise UserError(f"--from {path} holds no policy: its search has not ended yet; finish that run first")
     found = read_json(policy / DESCRIPTION)
     holder = found.get("agent") if isinstance(found, dict) else None
-    if holder not in TRANSFERABLE:
+    if isinstance(holder, str) and holder not in TRANSFERABLE:
         raise UserError(
             f"--from {path} was made by {holder}, which learns no policy that fits other networks; name a "
             f"run of {' or '.join(TRANSFERABLE)}"
         )
-    if holder != algo:
+    if isinstance(holder, str) and holder != algo:
         raise UserError(f"--from {path} holds a policy of {holder}, not of {algo}; add --algo {holder}")
     build_agent(algo).load(policy)
     return policy.resolve()
