@@ -138,11 +138,12 @@ class Gradient:
     from the width that the logit stands for opens or shuts its gate, straight through (Bengio, Léonard and
     Courville 2013, arXiv:1308.3432); a group's channels share the noise, so that what is open is always a
     prefix in the order of importance: a plan. Before each step, either agent is told how wide the peer's
-    layers are now. Then the two play on neighbourhoods of the dense outputs: the pruned discriminator is to
-    tell a neighbourhood's dense outputs from the pruned generator's, the pruned generator is to be taken for
-    the dense one. Both pay for |log(cost / budget)|, below the budget too: the projection will fill it, so
-    gates that sank below would learn about networks that are never scored (measured: without, all of them
-    shut). The final plan is projected to the budget and scored like everyone's.
+    layers are now (not where the environment has ``feedback=False``). Then the two play on neighbourhoods of
+    the dense outputs: the pruned discriminator is to tell a neighbourhood's dense outputs from the pruned
+    generator's, the pruned generator is to be taken for the dense one. Both pay for
+    |log(cost / budget)|, below the budget too: the projection will fill it, so gates that sank below would
+    learn about networks that are never scored (measured: without, all of them shut). The final plan is
+    projected to the budget and scored like everyone's.
 
     **What it costs.** A step is no evaluation, but it is work: ``steps`` of them are counted as one
     (``CountedScorer.spend``), at equal time. On the embedded U-Net at 10 % of the parameters, on one thread,
@@ -177,7 +178,8 @@ class Gradient:
         games = []
         for generator, pair in pairs.items():
             players = {name: agents[name] for name in (generator, peer_of(generator))}
-            games.append(Game(pair, env.scorer.networks, players, self.options, random, env.held))
+            networks, held, feedback = env.scorer.networks, env.held, env.feedback
+            games.append(Game(pair, networks, players, self.options, random, held, feedback))
         log = EpisodeLog(self.tensorboard)
         env.reset(seed=self.seed)
         scorer = env.scorer
@@ -265,6 +267,7 @@ class Game:
         options: of the search.
         random: draws batches and noise.
         held: agents whose networks stay uniform.
+        feedback: whether each is told of the peer's widths before a step.
     """
 
     def __init__(
@@ -275,9 +278,10 @@ class Game:
         options: GradientOptions,
         random: torch.Generator,
         held: Collection[str] = (),
+        feedback: bool = True,
     ) -> None:
         self.pair, self.networks, self.agents = pair, networks, agents
-        self.options, self.random, self.held = options, random, held
+        self.options, self.random, self.held, self.feedback = options, random, held, feedback
         self.optimizers = {
             name: torch.optim.Adam(agent.parameters(), lr=options.learning_rate)
             for name, agent in agents.items()
@@ -286,7 +290,8 @@ class Game:
     def step(self, targets: Mapping[str, Target]) -> dict[str, float]:
         """One step of each agent on the same neighbourhoods; returns their losses and costs."""
         pair, (generator, discriminator) = self.pair, self.agents
-        self._exchange(targets)
+        if self.feedback:
+            self._exchange()
         gates, costs = {}, {}
         for name in self.agents:
             gates[name], costs[name] = self._draw(name, targets[name])
@@ -321,7 +326,7 @@ class Game:
         return torch.cat([centres.to(neighbours.device)[:, None], near], dim=1).flatten()
 
     @torch.no_grad()
-    def _exchange(self, targets: Mapping[str, Target]) -> None:
+    def _exchange(self) -> None:
         """Tell each agent how far the peer's keep ratios are from uniform, in logits, first layer to last."""
         (first, second), said = self.agents, {name: agent() for name, agent in self.agents.items()}
         for name, peer in ((first, second), (second, first)):

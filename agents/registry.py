@@ -36,6 +36,10 @@ AGENTS: dict[str, Callable[..., Agent]] = {
 
 RULES = ("magnitude", "uniform")
 """Agents that have one plan for a budget and need no evaluations to find it."""
+WITHOUT_OBSERVATIONS = ("cma-es", "tpe", "evolution", "random", *RULES)
+"""Agents that hand in whole plans and see nothing of the environment but their scores."""
+WITHOUT_STEPS = ("gradient", *WITHOUT_OBSERVATIONS)
+"""Agents that play no episode: when its reward is paid is nothing to them."""
 
 
 def resolve_agent(name: str) -> str:

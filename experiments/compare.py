@@ -20,6 +20,7 @@ from experiments.comparison import ABLATIONS, FULL, Done, Factory, Job, RunOptio
 from experiments.comparison_pace import (
     Countdown,
     Scale,
+    Wanted,
     announce,
     by_log,
     missing_jobs,
@@ -109,7 +110,7 @@ class Options:
     @property
     def resolved(self) -> Options:
         """The same options with everything named that was left out."""
-        variants = tuple(ABLATIONS) if self.variants == ("all",) else self.variants
+        variants = tuple(ABLATIONS) if "all" in self.variants else self.variants
         return replace(
             self,
             algos=tuple(map(resolve_agent, self.algos or LEARNERS)),
@@ -132,32 +133,36 @@ class Options:
 
 
 def product(options: Options) -> Iterator[RunOptions]:
-    """Every run of a comparison; a variant that changes nothing about its learner is left out.
+    """Every run of a comparison; a variant that changes nothing that its learner notices is left out.
 
-    Seeds are the outer loop, so that an interrupted comparison has some runs of every kind.
+    Seeds are the outer loop, so that an interrupted comparison has some runs of every kind. A variant that
+    makes a learner another one of the comparison (``mappo`` with own critics is ``ippo``) is run as that.
 
     Args:
         options: resolved.
     """
     assert options.seeds is not None
-    axes = (range(options.seeds), options.tasks, options.budgets, options.algos, options.variants)
-    given: list[RunOptions] = []
-    for seed, task, budget, algo, variant in itertools.product(*axes):
-        run = RunOptions(
-            task=task,
-            algo=algo,
-            seed=seed,
-            budget=budget,
-            cost=options.cost,
-            evaluations=options.evaluations,
-            reward=options.reward,
-            weights=options.weights,
-            epochs=options.epochs,
-            quick=options.quick,
-        ).varied(variant)
-        if not any(run.same_search(other) for other in given):
-            given.append(run)
-            yield run
+    tasks, budgets = dict.fromkeys(options.tasks), dict.fromkeys(options.budgets)
+    for seed, task, budget in itertools.product(range(options.seeds), tasks, budgets):
+        runs = [
+            RunOptions(
+                task=task,
+                algo=algo,
+                seed=seed,
+                budget=budget,
+                cost=options.cost,
+                evaluations=options.evaluations,
+                reward=options.reward,
+                weights=options.weights,
+                epochs=options.epochs,
+                quick=options.quick,
+            ).varied(variant)
+            for algo, variant in itertools.product(options.algos, options.variants)
+        ]
+        first: dict[RunOptions, RunOptions] = {}
+        for run in sorted(runs, key=lambda run: run.variant != FULL):
+            first.setdefault(run.noticed, run)
+        yield from (run for run in runs if first[run.noticed] is run)
 
 
 def main(options: Options) -> None:
@@ -236,8 +241,11 @@ def check(options: Options) -> None:
     for name, text in itertools.product(options.tasks, options.budgets):
         budgets = build_budgets(text)
         fixed_shares(budgets, text)
+        loaded = load_task(name, device)
         if options.cost != "latency":  # whose tables are measured in the comparison's folder
-            check_reachable(load_task(name, device), budgets, options.cost)
+            check_reachable(loaded, budgets, options.cost)
+    for _ in product(options):  # a variant may leave no reward at all
+        pass
 
 
 def study_of(options: Options, path: Path) -> Study:
@@ -250,7 +258,9 @@ def protocol(options: Options) -> str:
     parts = [
         f"{options.evaluations} evaluations on the val images for every search, {options.seeds} seed(s); the "
         "best score is that of the best plan so far, judged by the same reward on elastic weights for all: "
-        "0 = uniform, 1 = one typical difference between random plans in a term of weight 1.",
+        "0 = uniform, 1 = one typical difference between random plans in a term of weight 1. What is best so "
+        "far is told by the search's own reward, so that the curve of another reward or of raw weights may "
+        "fall.",
         "Intervals: 95 %, stratified bootstrap over the runs of each cell (Agarwal et al. 2021); IQM: the "
         "mean of the middle half of the runs.",
     ]
@@ -259,6 +269,11 @@ def protocol(options: Options) -> str:
             f"Every best plan is finetuned for {options.epochs} epochs with {options.finetuning_seeds} "
             "seed(s); KID* (EfficientNet-Lite0 at 112 px) of the test images and their mirror images "
             "against the real targets; nothing was chosen on them."
+        )
+    if options.finetuning_seeds and not options.warm_up:
+        parts.append(
+            "The uniform plan is one plan for all seeds: how far its result differs from finetuning to "
+            "finetuning is in no interval."
         )
     return " ".join(parts)
 
@@ -290,10 +305,12 @@ def finetune_all(
         Run → the results of its plan and of the uniform one, one for each finetuning seed.
     """
     seeds = range(scale.finetuning_seeds)
-    tuned: dict[RunOptions, Tuned] = {}
-    for (path, settings), group in by_log(study, runs).items() if seeds else ():
+    if not seeds:
+        return {}
+    tuned: dict[Wanted, tuple[TrialResult, ...]] = {}
+    for (path, settings), group in by_log(study, runs).items():
         path.parent.mkdir(exist_ok=True)
-        wanted = {run: trials_of(study, run, seeds) for run in group}
+        wanted = {one: trials_of(study, one, seeds) for one in group}
         trials = [trial for row in wanted.values() for trial in row]
         number = missing_trials(settings, trials, path)
         with watch.stage(f"finetune {path.stem}", number) as stage:
@@ -305,10 +322,9 @@ def finetune_all(
 
             results = run_trials(settings, trials, path, workers=scale.workers, on_done=on_done)
         known = {result.trial.key: result for result in results}
-        for run, row in wanted.items():
-            found = [known[trial.key] for trial in row]
-            tuned[run] = tuple(found[: len(seeds)]), tuple(found[len(seeds) :])
-    return tuned
+        for one, row in wanted.items():
+            tuned[one] = tuple(known[trial.key] for trial in row)
+    return {run: (tuned[Wanted(run, False)], tuned[Wanted(run, True)]) for run in runs}
 
 
 if __name__ == "__main__":

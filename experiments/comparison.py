@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from agents.registry import WITHOUT_OBSERVATIONS, WITHOUT_STEPS
 from envs.pruning_env import PruningEnv, Reward
 from envs.rewards import Weights
 from experiments.build import (
@@ -143,9 +144,17 @@ class RunOptions:
             changed = replace(changed, **{outer: value})
         return replace(changed, variant=variant)
 
-    def same_search(self, other: RunOptions) -> bool:
-        """Whether they differ in nothing but the name of the variant."""
-        return replace(self, variant="") == replace(other, variant="")
+    @property
+    def noticed(self) -> RunOptions:
+        """What the learner can notice of these options; runs that are equal in it have equal results."""
+        usual, changed = RunOptions(), replace(self, variant="")
+        if self.algo in WITHOUT_STEPS:
+            changed = replace(changed, reward=usual.reward)
+        if self.algo in WITHOUT_OBSERVATIONS:
+            changed = replace(changed, feedback=usual.feedback)
+        if self.algo == "uniform":  # its plan is the one that held networks have, whatever is paid
+            changed = replace(changed, weights=usual.weights, held=usual.held)
+        return changed
 
 
 class Place(NamedTuple):
@@ -238,9 +247,12 @@ class Study:
         raw = run.start == "dense" and not judged
         return Place(run.task, run.cost, run.budget, "dense" if raw else self.elastic(run.task, run.seed))
 
-    def settings(self, run: RunOptions) -> Settings:
-        """How a run's plan is finetuned: measured on the test images, which nothing was chosen on."""
-        weights = self.place(run).weights
+    def settings(self, run: RunOptions, judged: bool = False) -> Settings:
+        """How a run's plan is finetuned, or, judged, the uniform plan that it is compared with.
+
+        Measured on the test images, which nothing was chosen on.
+        """
+        weights = self.place(run, judged).weights
         return Settings.of(run.task, weights, run.epochs, run.images, self.device, "test")
 
 

@@ -101,21 +101,40 @@ def missing_warm_ups(study: Study, runs: Sequence[RunOptions]) -> list[WarmUp]:
     ]
 
 
-def by_log(study: Study, runs: Sequence[RunOptions]) -> dict[tuple[Path, Settings], list[RunOptions]]:
-    """Runs whose plans are finetuned alike, from the same weights, by the log of it."""
-    groups: dict[tuple[Path, Settings], list[RunOptions]] = {}
-    for run in runs:
-        settings = study.settings(run)
-        groups.setdefault((study.finetuned(run.task, settings.weights), settings), []).append(run)
+class Wanted(NamedTuple):
+    """A plan that a run needs finetuned.
+
+    Attributes:
+        run: whose it is.
+        uniform: the uniform plan of its cell instead of its best one.
+    """
+
+    run: RunOptions
+    uniform: bool
+
+
+def by_log(study: Study, runs: Sequence[RunOptions]) -> dict[tuple[Path, Settings], list[Wanted]]:
+    """The plans that are finetuned alike, from the same weights, by the log of it.
+
+    The uniform plan is always cut from elastic weights, so that one number stands behind all variants of a
+    cell: beside the uniform plan of raw weights, which ends far worse, raw weights would look like a gain.
+    """
+    groups: dict[tuple[Path, Settings], list[Wanted]] = {}
+    for wanted in (Wanted(run, uniform) for run in runs for uniform in (False, True)):
+        settings = study.settings(wanted.run, judged=wanted.uniform)
+        log = study.finetuned(wanted.run.task, settings.weights)
+        groups.setdefault((log, settings), []).append(wanted)
     return groups
 
 
-def trials_of(study: Study, run: RunOptions, seeds: Sequence[int]) -> list[Trial]:
-    """The finetunings of a finished run's best plan, then those of the uniform plan of its cell."""
-    result = read_json(study.result(run))
-    plan, uniform = (Plan.from_dict(result[name]) for name in ("plan", "uniform"))
-    mine = [Trial(f"{run.cell} {run.name}", plan, seed, run.discriminator) for seed in seeds]
-    return mine + [Trial(f"{run.cell} uniform", uniform, seed) for seed in seeds]
+def trials_of(study: Study, wanted: Wanted, seeds: Sequence[int]) -> list[Trial]:
+    """The finetunings of a plan, after the search of its run."""
+    run, result = wanted.run, read_json(study.result(wanted.run))
+    if wanted.uniform:
+        uniform = Plan.from_dict(result["uniform"])
+        return [Trial(f"{run.cell} uniform", uniform, seed) for seed in seeds]
+    plan = Plan.from_dict(result["plan"])
+    return [Trial(f"{run.cell} {run.name}", plan, seed, run.discriminator) for seed in seeds]
 
 
 def missing_trials(settings: Settings, trials: Sequence[Trial], log: Path) -> int:
@@ -190,11 +209,12 @@ def forecast(
     }
     seeds = range(scale.finetuning_seeds)
     for (path, settings), group in by_log(study, runs).items() if seeds else ():
-        done = [run for run in group if study.result(run).is_file()]
-        trials = [trial for run in done for trial in trials_of(study, run, seeds)]
+        done = [wanted for wanted in group if study.result(wanted.run).is_file()]
+        trials = [trial for wanted in done for trial in trials_of(study, wanted, seeds)]
         # of the others no plan is known yet: each may be a new one, and the uniform one of each new cell is
-        cells = {run.cell for run in group} - {run.cell for run in done}
-        new = (len(group) - len(done) + len(cells)) * len(seeds)
+        left = [wanted for wanted in group if wanted not in done]
+        cells = {one.run.cell for one in left if one.uniform} - {one.run.cell for one in done if one.uniform}
+        new = (sum(not one.uniform for one in left) + len(cells)) * len(seeds)
         number = missing_trials(settings, trials, path) + new
         counts["finetuning"] += [pace(settings.task).trial] * number
     return {kind: shared(seconds, scale.workers) for kind, seconds in counts.items()}

@@ -111,12 +111,14 @@ def curve_rows(outcomes: Sequence[Outcome]) -> pd.DataFrame:
 
 def finetuned_rows(outcomes: Sequence[Outcome]) -> pd.DataFrame:
     """One row per run and finetuning seed, and those of the uniform plan of each cell as ``uniform plan``."""
-    rows, known = [], set()
+    rows: list[dict[str, Any]] = []
+    known: set[tuple[Any, ...]] = set()
     for one in outcomes:
         for trial in one.tuned:
             rows.append({**one.keys, **trial_row(trial)})
         for trial in one.uniform:
-            key = one.run.cell, trial.trial.key
+            # where every seed has a warm-up of its own, the uniform plan ends otherwise for each
+            key = one.run.cell, trial.trial.key, *trial.row.values()
             if key not in known:
                 known.add(key)
                 named = {"label": "uniform plan", "algo": "", "variant": "", "seed": ""}

@@ -22,6 +22,7 @@ from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
@@ -50,6 +51,8 @@ COLOURS = ("#12355b", "#c8465a", "#e3a72f", "#3f8f5f", "#6f5aa8", "#79b4c9", "#7
 """Neighbours differ in brightness, markers do the rest: figures must read in grey."""
 MARKERS = "osD^vPX*"
 MOST_SERIES = len(COLOURS)
+MOST_COLUMNS = 3
+"""Panels beside each other: more would be too small to read on a page."""
 FORMATS = (".png", ".pdf", ".svg")
 
 TERMS: dict[str, str] = {
@@ -523,7 +526,7 @@ class Estimates:
 
 
 def intervals(panels: Sequence[Estimates], label: str, title: str = "") -> Figure:
-    """Estimates with their intervals against a zero line, one panel beside the other.
+    """Estimates with their intervals against a zero line, up to three panels beside each other.
 
     Args:
         panels: what to draw.
@@ -531,12 +534,17 @@ def intervals(panels: Sequence[Estimates], label: str, title: str = "") -> Figur
         title: of the figure.
     """
     tallest = max(len(panel.labels) for panel in panels)
+    columns = min(MOST_COLUMNS, len(panels))
+    rows = math.ceil(len(panels) / columns)
     with mpl.rc_context(STYLE):
         longest = _legend_width([label for panel in panels for label in panel.labels])
-        size = (max(6.5, (3.6 + longest) * len(panels)), 1.6 + 0.4 * max(2, tallest))
+        size = (max(6.5, (3.6 + longest) * columns), rows * (1.6 + 0.4 * max(2, tallest)))
         figure = Figure(figsize=size, layout="constrained")
         FigureCanvasAgg(figure)
-        for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        grid = figure.subplots(rows, columns, squeeze=False).flatten()
+        for axes in grid[len(panels) :]:
+            axes.set_visible(False)
+        for axes, panel in zip(grid, panels, strict=False):
             centres = np.nanmean(panel.values, axis=1) if panel.centres is None else panel.centres
             for place, (values, bounds) in enumerate(zip(panel.values, panel.bounds, strict=True)):
                 axes.plot(values, np.full(len(values), place), ".", color=COLOURS[2], markersize=5, zorder=4)
@@ -720,7 +728,7 @@ def score_curves(panels: Sequence[LinePanel], label: str, title: str = "") -> Fi
             f"{len(places)} curves cannot be told apart in one figure; draw at most {2 * MOST_SERIES}"
         )
     order = sorted(ends, key=lambda name: -float(np.mean(ends[name])))
-    columns = min(3, len(panels))
+    columns = min(MOST_COLUMNS, len(panels))
     rows = math.ceil(len(panels) / columns)
     with mpl.rc_context(STYLE):
         size = (1.4 + _legend_width(order) + max(4.8, 4.2 * columns), 0.8 + 3.4 * rows)
@@ -828,7 +836,7 @@ class GapHistory:
     """The balance gap over a search.
 
     Attributes:
-        gaps: of every plan, in the order of the evaluations.
+        gaps: of every plan, in the order in which they were scored.
         best: of the best plan so far, at each of them; empty where plans do not compare.
         uniform: of the uniform plan.
     """
@@ -884,16 +892,14 @@ def balance(search: GapHistory | None, finetunings: Sequence[Margins] = (), titl
 
 
 def _gap_panel(axes: Axes, search: GapHistory) -> None:
-    evaluations = np.arange(1, len(search.gaps) + 1)
-    axes.plot(evaluations, search.gaps, ".", color="0.65", markersize=4, label="every plan")
+    places = np.arange(1, len(search.gaps) + 1)
+    axes.plot(places, search.gaps, ".", color="0.65", markersize=4, label="every plan")
     if search.best:
-        axes.plot(
-            evaluations, search.best, color=COLOURS[0], drawstyle="steps-post", label="best plan so far"
-        )
+        axes.plot(places, search.best, color=COLOURS[0], drawstyle="steps-post", label="best plan so far")
     axes.axhline(search.uniform, color=COLOURS[1], linestyle="--", label="uniform plan")
     axes.set_ylim(bottom=0)
     axes.set_title("balance gap over the search (0 = as dense)")
-    axes.set_xlabel("evaluations")
+    axes.set_xlabel("plans in the order in which they were scored")
     axes.set_ylabel("balance gap")
     axes.legend(loc="best", fontsize=8)
 
@@ -914,6 +920,7 @@ def _margin_panel(axes: Axes, finetunings: Sequence[Margins]) -> None:
         axes.fill_between(steps, smooth.min(0), smooth.max(0), color=looks["color"], alpha=0.18, linewidth=0)
     many = max(len(one.margins) for one in finetunings) > 1
     axes.set_title("margin over finetuning" + (" · band: lowest to highest run" if many else ""))
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel("training steps")
     axes.set_ylabel("discriminator's logit, real minus made")
     axes.legend(loc="best", fontsize=8)
@@ -991,9 +998,7 @@ def fronts(panels: Sequence[FrontPanel], label: str, title: str = "") -> Figure:
             axes.invert_yaxis()
             axes.set_title(panel.title)
             axes.set_xlabel(label)
-        figure.axes[0].set_ylabel(
-            "lower is better; upwards is better" if len(panels) > 1 else "gap, better ↑"
-        )
+        figure.axes[0].set_ylabel("better ↑ (lower values)" if len(panels) > 1 else "gap (lower is better) ↑")
         handles = [
             Line2D([], [], label=one.label, **_front_looks(place, one.joined))
             for place, one in enumerate(panels[0].frontiers)

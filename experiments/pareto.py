@@ -15,14 +15,22 @@ from tyro.conf import Positional, arg
 
 from envs.budget import kind_of
 from envs.pruning_env import PruningEnv
-from envs.rewards import term_rewards
+from envs.rewards import Weights, term_rewards
 from experiments import cli
 from experiments.build import build_budgets, build_learner, check_counterparts, pick_device
 from experiments.comparison_report import markdown
 from experiments.credit import Searched, reopen, settings_of
 from experiments.figures import Frontier, FrontPanel, fronts, save_figure
 from experiments.front import Place, halvings, hypervolume
-from experiments.runs import RunFolder, open_run, plain, read_json, read_metrics, task_of
+from experiments.runs import (
+    RunFolder,
+    log_header,
+    open_run,
+    plain,
+    read_json,
+    spent_evaluations,
+    task_of,
+)
 from experiments.trials import Settings, Split, Trial, TrialResult, dense_row, run_trials
 from experiments.watch import Watch
 from gan.cost import DEFAULT_COST
@@ -91,7 +99,13 @@ class Known:
     @property
     def evaluations(self) -> int:
         """That its search spent."""
-        return int(read_metrics(self.folder)["evaluations"].max())
+        return spent_evaluations(self.folder)
+
+    @property
+    def reward(self) -> tuple[Weights, str]:
+        """What its search was led by: the weights, and which predicted recovery stood behind them."""
+        surrogate = log_header(self.folder.evaluations).get("surrogate", "none")
+        return Weights(**self.options.get("weights", {})), str(surrogate)
 
 
 @dataclass(frozen=True)
@@ -216,7 +230,7 @@ def open_runs(paths: Sequence[Path]) -> tuple[list[Known], list[Known]]:
         UserError: none of the first kind, an unfinished search, or plans that do not compare.
     """
     runs = []
-    for path in paths:
+    for path in {path.resolve(): path for path in paths}.values():  # once each: evaluations are added up
         folder = open_run(path)
         folder.require(folder.plan, folder.metrics, folder.elastic_reference)
         check_one_pair(task_of(folder))
@@ -247,6 +261,20 @@ def open_runs(paths: Sequence[Path]) -> tuple[list[Known], list[Known]]:
                 f"({home.options['budget']}, {run.options['budget']}); draw their fronts one at a time"
             )
     return ranged, fixed
+
+
+def other_rewards(home: Known, runs: Sequence[Known]) -> str:
+    """Which runs sought something else than the yardstick measures, in a sentence; empty where none did.
+
+    At some budgets, not over ranges, a predicted recovery leads searches: their plans are its answer.
+    """
+    names = [run.folder.path.name for run in runs if run.reward != home.reward]
+    if not names:
+        return ""
+    return (
+        f" {', '.join(names)} searched by another reward than {home.folder.path.name} (other weights, or a "
+        "predicted recovery): before finetuning they are judged by what they did not seek."
+    )
 
 
 def origin(run: Known) -> str | None:
@@ -342,10 +370,12 @@ def volumes(made: Sequence[Front]) -> dict[str, dict[str, float]]:
 def table(made: Sequence[Front], dense: Mapping[str, float], cost: str, note: str) -> str:
     """``table.md``: the fronts in one line each, then their points."""
     metrics, areas = metrics_of(made), volumes(made)
-    lines = [["front", "evaluations in all", *(f"hypervolume ↑: {METRICS[metric]}" for metric in metrics)]]
+    lines = [
+        ["front", "evaluations in all", "plans", *(f"hypervolume ↑: {METRICS[metric]}" for metric in metrics)]
+    ]
     for front in made:
         found = [f"{areas[front.label][metric]:.4f}" for metric in metrics]
-        lines.append([front.label, str(front.evaluations), *found])
+        lines.append([front.label, str(front.evaluations), str(len(front.points)), *found])
     rows = [["front", f"{cost} kept", "score", *(f"{METRICS[metric]} ↓" for metric in metrics), "generator"]]
     rows.append(["dense", "1", "", *(f"{dense[metric]:.4f}" for metric in metrics), ""])
     for front in made:
@@ -361,9 +391,22 @@ def table(made: Sequence[Front], dense: Mapping[str, float], cost: str, note: st
         f"{markdown(lines)}\n\nHypervolume: the area that a front dominates, in halvings of the generator's "
         f"{cost} × the metric; reference point: the dense cost, and the worst of the uniform plans "
         f"({places}). Evaluations: those of the searches, and one for every plan that a policy was asked "
-        f"for; uniform plans and the random ones behind the unit of the scores are not counted.\n\n"
+        f"for; uniform plans and the random ones behind the unit of the scores are not counted. A front of "
+        f"fewer plans, or of other budgets, dominates less for that alone; policies and uniform were asked "
+        f"for {asked_budgets(made[0])}.\n\n"
         f"{markdown(rows)}\n\n{note}\n"
     )
+
+
+def asked_budgets(front: Front) -> str:
+    """The budgets of its generators, as text."""
+    ratios = dict.fromkeys(
+        ratio
+        for point in front.points
+        for agent, ratio in point.budgets.items()
+        if kind_of(agent) == "generator"
+    )
+    return ", ".join(f"{ratio:.4g}" for ratio in ratios)
 
 
 def panels(made: Sequence[Front], dense: Mapping[str, float]) -> list[FrontPanel]:
@@ -406,6 +449,7 @@ def main(options: Options) -> None:
     dense = {GAP: 0.0}
     title = f"{home.options['task']}, one policy for every budget"
     note = "Gaps: Σ weight · gap / spread of the reward's terms on val, 0 = the dense pair."
+    note += other_rewards(home, [*ranged[1:], *fixed])
     if options.finetune:
         split: Split = options.split
         settings = replace(settings_of(home.folder, home.options, device), split=split)

@@ -199,6 +199,7 @@ class RunFolder:
         """
         missing = [file.name for file in files if not file.exists()]
         if missing:
+            check_no_study(self)
             raise UserError(
                 f"the run {self.path} is unfinished: it has no {' and no '.join(missing)} yet; "
                 f"finish it with: {TRAIN} --resume {self.path}"
@@ -274,6 +275,19 @@ def open_run(path: Path) -> RunFolder:
         if not isinstance(read_json(file), dict):
             raise UserError(f"{file} holds no JSON object; another program wrote it, or make the run again")
     return folder
+
+
+def check_no_study(folder: RunFolder) -> None:
+    """Refuse a folder of many runs where one is wanted: they are told by their number of seeds.
+
+    Raises:
+        UserError: with what to name instead.
+    """
+    if folder.options.is_file() and "seeds" in read_json(folder.options):
+        raise UserError(
+            f"{folder.path} is the folder of a study, not of a run; name a run that {TRAIN} made, or one "
+            "that lies within the study"
+        )
 
 
 def plain(value: Any) -> Any:
@@ -569,6 +583,36 @@ def read_metrics(folder: RunFolder) -> pd.DataFrame:
     return frame
 
 
+def log_header(path: Path) -> dict[str, Any]:
+    """What the scores of an evaluation log depend on; nothing where there is no log yet.
+
+    Raises:
+        UserError: it is none of ours.
+    """
+    lines = _whole_lines(path)[:1] if path.is_file() else []
+    try:
+        return {} if not lines else dict(json.loads(lines[0]))
+    except (ValueError, TypeError) as error:
+        raise UserError(f"{path} is damaged ({error}); make the run again") from error
+
+
+def spent_evaluations(folder: RunFolder) -> int:
+    """Evaluations that a search spent: also those of an episode that it did not finish.
+
+    ``metrics.csv`` knows what was spent otherwise than on plans, but ends with the last whole episode; the
+    evaluation log knows every plan.
+
+    Raises:
+        UserError: no episode has ended yet, or a file is damaged.
+    """
+    lines = _whole_lines(folder.evaluations)[1:] if folder.evaluations.is_file() else []
+    try:
+        scored = sum(bool(json.loads(line)["counted"]) for line in lines)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder.evaluations} is damaged ({error}); make the run again") from error
+    return max(scored, int(read_metrics(folder)["evaluations"].max()))
+
+
 @dataclass(frozen=True)
 class Run:
     """What a plot or a report needs of one run.
@@ -598,6 +642,7 @@ def read_run(path: Path) -> Run:
     options = read_json(folder.options)
     missing = {"task", "algo", "seed"} - set(options)
     if missing:
+        check_no_study(folder)
         raise UserError(f"{folder.options} lacks {', '.join(sorted(missing))}; make the run again")
     return Run(folder, options, read_metrics(folder))
 

@@ -12,7 +12,15 @@ from agents.registry import build_agent
 from envs.pruning_env import PruningEnv
 from envs.records import Evaluation
 from experiments.build import build_budgets, fixed_shares
-from experiments.runs import RunFolder, flag, open_run, plain, read_json, read_metrics
+from experiments.runs import (
+    RunFolder,
+    flag,
+    open_run,
+    plain,
+    read_json,
+    read_metrics,
+    spent_evaluations,
+)
 from experiments.searching import Incumbent, propose
 from gan.errors import UserError
 from gan.files import write_json
@@ -57,8 +65,13 @@ def find_policy(path: Path, algo: str) -> Path:
         raise UserError(f"--from {path} holds no policy: its search has not ended yet; finish that run first")
     found = read_json(policy / DESCRIPTION)
     holder = found.get("agent") if isinstance(found, dict) else None
-    if holder != algo:
-        raise UserError(f"--from {path} holds a policy of {holder}, not of {algo}; add --algo of the same")
+    if isinstance(holder, str) and holder not in TRANSFERABLE:
+        raise UserError(
+            f"--from {path} was made by {holder}, which learns no policy that fits other networks; name a "
+            f"run of {' or '.join(TRANSFERABLE)}"
+        )
+    if isinstance(holder, str) and holder != algo:
+        raise UserError(f"--from {path} holds a policy of {holder}, not of {algo}; add --algo {holder}")
     build_agent(algo).load(policy)
     return policy.resolve()
 
@@ -71,8 +84,8 @@ def read_target(path: Path, options: Mapping[str, Any]) -> Target:
         options: of the new run, as in ``options.json``.
 
     Raises:
-        UserError: it is unfinished or searched another problem, or the budget is a range, at which scores do
-            not compare.
+        UserError: it is unfinished, searched another problem or began with a source itself, or the budget is
+            a range, at which scores do not compare.
     """
     folder = open_run(path)
     folder.require(folder.plan, folder.metrics)
@@ -82,11 +95,17 @@ def read_target(path: Path, options: Mapping[str, Any]) -> Target:
     other = [flag(name) for name in SAME if known.get(name) != options.get(name)]
     if other:
         raise UserError(f"--reference {path} searched another problem; it differs in {', '.join(other)}")
+    if folder.source.is_dir():
+        raise UserError(
+            f"--reference {path} began with another run's policy itself, so that it says nothing of what one "
+            "saves; name a run that was made without --from"
+        )
     frame = read_metrics(folder)
     score = float(best["potential"])
     # the log rounds what the plan's file does not
     there = frame[frame["best_potential"] >= score - 1e-6 * max(1.0, abs(score))]
-    spent = (there if len(there) else frame.tail(1))["evaluations"].iloc[0]
+    # a plan of an episode that the search did not finish has no row
+    spent = there["evaluations"].iloc[0] if len(there) else spent_evaluations(folder)
     return Target(path.resolve(), score, int(spent))
 
 

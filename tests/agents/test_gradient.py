@@ -138,6 +138,14 @@ def test_it_runs_on_ranges_and_holds_who_is_held(pair: Pair) -> None:
     assert not agent.agents["discriminator"].head.weight.any()  # nothing has moved it
 
 
+def test_without_feedback_nobody_is_told_of_the_peer(pair: Pair) -> None:
+    for feedback in (True, False):
+        env, _ = real_env(pair, feedback=feedback)
+        agents = learned(env, learning_rate=0.1).agents
+        assert agents is not None
+        assert [bool(agent.told.any()) for agent in agents.values()] == [feedback] * 2
+
+
 def test_a_scorer_without_networks_is_refused() -> None:
     with pytest.raises(UserError, match=r"sends gradients through the networks, and ToyScorer has none"):
         build_agent("gradient").learn(toy_env(24))

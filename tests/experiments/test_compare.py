@@ -15,12 +15,15 @@ from experiments import cli, compare, comparison, comparison_pace
 from experiments.compare import Options, product
 from experiments.comparison import Place, RunOptions, Searcher, Study
 from experiments.comparison_pace import Pace, Scale, forecast, missing_jobs, shared, span
+from experiments.comparison_report import Outcome, finetuned_rows
 from experiments.trials import Settings, Trial, TrialLog, TrialResult
 from gan.evaluation import COLUMNS, KID
+from gan.plans import Plan
 from tests.experiments.test_comparison import ToyTask
 from tests.experiments.test_comparison import study as study
 
 BUDGETS = ("generator=0.1,discriminator=0.5", "generator=0.2,discriminator=0.5")
+BALANCE_ALONE = [f"--weights.{family}=0" for family in ("density", "fidelity", "recovery")]
 GIVEN = ["--algos", "random", "uniform", "--evaluations", "30", "--seeds", "2"]
 
 
@@ -51,8 +54,9 @@ class Work:
         for trial in trials:
             if trial.key in journal.results:
                 continue
-            # the wider the first group, the better
-            row = dict.fromkeys(COLUMNS, 1.0) | {KID: 2.0 - 0.01 * trial.plan["generator"][0]}
+            # the wider the first group, the better; raw slices are far worse
+            raw = 5.0 if log.stem.endswith("-dense") else 0.0
+            row = dict.fromkeys(COLUMNS, 1.0) | {KID: 2.0 + raw - 0.01 * trial.plan["generator"][0]}
             steps = tuple(2.0 + 0.1 * np.sin(np.arange(50) / 5 + trial.seed))
             spread = 0.1 if trial.discriminator == "pruned" else 0.3
             journal.append(TrialResult(trial, row, row, 2.0, spread, 60.0, steps))
@@ -105,6 +109,15 @@ def test_variants_that_change_nothing_are_left_out() -> None:
     assert "step_reward" not in stepwise
     both = list(product(options(algos=("ippo", "mappo"), variants=("full", "own_critics"), seeds=1)))
     assert [run.label for run in both] == ["ippo", "mappo"]
+    both = list(product(options(algos=("mappo", "ippo"), variants=("full", "own_critics"), seeds=1)))
+    assert [run.label for run in both] == ["mappo", "ippo"]
+    # all that can be said of the rule is which discriminator stands beside it, and what it is cut from
+    rule = list(product(options(algos=("uniform",), variants=("all",), seeds=1)))
+    assert [run.variant for run in rule if run.algo == "uniform"] == [
+        *("full", "whole_discriminator", "raw_weights")
+    ]
+    twice = list(product(options(algos=("mappo", "mappo"), budgets=(BUDGETS[0],) * 2, seeds=1)))
+    assert [run.label for run in twice] == ["mappo"]
 
 
 def test_a_comparison_of_two(work: Work, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -184,6 +197,31 @@ def test_ablations_beside_the_full_method(work: Work, tmp_path: Path) -> None:
     ]
 
 
+def test_raw_weights_are_held_against_the_uniform_plan_of_all(work: Work, tmp_path: Path) -> None:
+    given = ["--algos", "random", "--evaluations", "20", "--seeds", "1", "--variants", "raw_weights"]
+    for more in ((), ("full",)):
+        output = tmp_path / f"made{len(more)}"
+        call(*given, *more, "--output", str(output))
+        runs = pd.read_csv(output / "runs.csv").set_index("variant")
+        finetuned = pd.read_csv(output / "finetuned.csv")
+        (uniform,) = finetuned.loc[finetuned["label"] == "uniform plan", KID]
+        assert uniform < 2
+        assert (runs["kid_uniform"] == uniform).all()
+        assert runs.loc["raw_weights", "kid_change"] > 1
+
+
+def test_every_warm_up_has_a_uniform_plan_of_its_own() -> None:
+    plan = Plan.of({"generator": (4,), "discriminator": (2,)}, "l1")
+
+    def outcome(seed: int, kid: float) -> Outcome:
+        row = dict.fromkeys(COLUMNS, 1.0) | {KID: kid}
+        return Outcome(RunOptions(seed=seed), {}, (), (TrialResult(Trial("", plan, 0), row, row, 2, 0, 1),))
+
+    # seeds 0 and 1 share their weights, 2 was warmed up by itself
+    rows = finetuned_rows([outcome(0, 0.3), outcome(1, 0.3), outcome(2, 0.4)])
+    assert list(rows[KID]) == [0.3, 0.4]
+
+
 def test_nothing_is_finetuned_unasked(work: Work, tmp_path: Path) -> None:
     output = tmp_path / "made"
     given = ["--algos", "random", "--evaluations", "20", "--seeds", "1", "--finetuning-seeds", "0"]
@@ -257,6 +295,7 @@ def test_one_warm_up_for_a_task_and_seed(
         (["--finetuning-seeds", "-1"], "--finetuning-seeds is -1"),
         (["--evaluations", "0"], "--evaluations is 0"),
         (["--workers=-2"], "--workers is -2"),
+        (["--variants", "without_balance", *BALANCE_ALONE], "reward weights"),
     ],
 )
 def test_bad_input_is_a_sentence(

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from agents.registry import WITHOUT_OBSERVATIONS
 from envs.rewards import Weights
 from envs.toy import ToyScorer, toy_scorer
 from experiments import comparison
@@ -66,8 +68,34 @@ def test_variants_change_what_they_say() -> None:
 @pytest.mark.parametrize("variant", ABLATIONS)
 def test_every_variant_names_fields_of_a_run(variant: str) -> None:
     changed = RunOptions().varied(variant)
-    assert changed.same_search(RunOptions()) == (variant in (FULL, "final_reward"))
+    assert (changed.noticed == RunOptions().noticed) == (variant in (FULL, "final_reward"))
     assert changed.problem.evaluations == 300
+
+
+@pytest.mark.parametrize("algo", WITHOUT_OBSERVATIONS)
+def test_searches_of_whole_plans_notice_neither_steps_nor_feedback(study: Study, algo: str) -> None:
+    run = RunOptions(algo=algo, evaluations=12)
+    changed = replace(run, feedback=False, reward="step")
+    assert changed != run
+    assert changed.noticed == run.noticed
+    if algo == "magnitude":  # the toy's channels have no importance
+        return
+    _, usual = search(study, run)
+    study.result(run).unlink()
+    study.run(run).evaluations.unlink()
+    _, same = search(study, changed)
+    del usual["seconds"], same["seconds"]
+    assert same == usual
+
+
+def test_what_learners_notice() -> None:
+    for variant in ("without_density", "generator_only", "raw_weights"):
+        assert RUN.varied(variant).noticed != RUN.noticed
+    uniform, gradient = RunOptions(algo="uniform"), RunOptions(algo="gradient")
+    assert uniform.varied("without_density").noticed == uniform.noticed
+    assert uniform.varied("whole_discriminator").noticed != uniform.noticed
+    assert gradient.varied("step_reward").noticed == gradient.noticed
+    assert gradient.varied("no_feedback").noticed != gradient.noticed
 
 
 def test_a_run_folder_explains_itself(study: Study) -> None:

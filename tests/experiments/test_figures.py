@@ -248,6 +248,14 @@ def test_intervals_of_rows_of_different_length() -> None:
     assert [one.get_xdata()[0] for one in axes.lines if one.get_marker() == "o"] == [1.75]
 
 
+def test_many_panels_of_intervals_stand_in_rows() -> None:
+    panel = Estimates("x", ("a", "b"), np.array([[1.0], [3.0]]), np.array([[0.0, 3.0], [2.0, 4.0]]))
+    one, five = intervals([panel], "gap"), intervals([panel] * 5, "gap")
+    assert [axes.get_visible() for axes in five.axes] == [True] * 5 + [False]
+    assert five.get_figheight() == 2 * one.get_figheight()
+    assert five.get_figwidth() == intervals([panel] * 3, "gap").get_figwidth()
+
+
 def test_fronts_have_the_dense_pair_at_the_top_right() -> None:
     lines = (
         Frontier("uniform", (0.1, 0.4), (3.0, 2.0), joined=True),

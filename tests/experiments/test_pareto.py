@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -119,11 +120,23 @@ def test_a_front_is_asked_scored_and_drawn(runs: dict[str, RunFolder], tmp_path:
     # the mean over both seeds
     assert point["values"][KID] == pytest.approx(0.5 + 1 / sum(point["plan"]["widths"]["generator"]))
     text = (output / "table.md").read_text()
-    assert f"| mappo, one policy | {spent[0] + 3} |" in text
+    assert f"| mappo, one policy | {spent[0] + 3} | 3 |" in text
+    assert "were asked for 0.1, 0.2, 0.4." in text
+    assert "another reward" not in text
     assert "reference point" in text
     with Image.open(output / "front.png") as image:
         assert image.width > 1000
     assert (output / "front.pdf").stat().st_size > 1000
+
+
+def test_searches_by_another_reward_are_named(runs: dict[str, RunFolder], tmp_path: Path) -> None:
+    home, low = (Known(runs[name], read_json(runs[name].options)) for name in ("policy", "low"))
+    assert pareto.other_rewards(home, [low]) == ""
+    weighted = Known(low.folder, {**low.options, "weights": {"density": 0.5}})
+    assert f"{low.folder.path.name} searched by another reward" in pareto.other_rewards(home, [weighted])
+    led = make_run(tmp_path, "random", "0.1")
+    led.evaluations.write_text(json.dumps({"format": 1, "surrogate": "5c79"}) + "\n")
+    assert "a predicted recovery" in pareto.other_rewards(home, [Known(led, read_json(led.options))])
 
 
 def test_hypervolumes_are_measured_from_the_worst_uniform_plan() -> None:
@@ -145,6 +158,8 @@ def test_runs_that_do_not_compare_are_refused(runs: dict[str, RunFolder], tmp_pa
         [runs["policy"]],
         [runs["low"]],
     )
+    again, _ = open_runs([runs["policy"].path, runs["policy"].path / ".." / runs["policy"].path.name])
+    assert len(again) == 1  # a run that is named twice has not searched twice
     with pytest.raises(UserError, match=r"needs a run whose generator had a range"):
         open_runs([runs["low"].path])
     other = make_run(tmp_path, "random", "0.1")

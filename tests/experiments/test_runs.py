@@ -23,6 +23,7 @@ from experiments.runs import (
     read_metrics,
     read_options,
     read_run,
+    spent_evaluations,
 )
 from gan.errors import UserError
 from tests.experiments.conftest import SomeOptions, SomeWeights, metrics_rows
@@ -207,6 +208,37 @@ def test_an_unfinished_run_says_what_is_missing(make_run: Callable[..., RunFolde
     assert not folder.finished
     with pytest.raises(UserError, match=r"no plan\.json and no generator\.safetensors yet.*--resume"):
         folder.require(folder.metrics, folder.plan, folder.weights("generator"))
+
+
+def test_studies_are_no_runs(tmp_path: Path) -> None:
+    describe_run(RunFolder(tmp_path), ManySeeds())
+    folder = open_run(tmp_path)
+    with pytest.raises(UserError, match=r"is the folder of a study, not of a run; name a run"):
+        folder.require(folder.plan)
+    with pytest.raises(UserError, match=r"is the folder of a study"):
+        read_run(tmp_path)
+
+
+def test_evaluations_of_an_episode_that_did_not_end_are_spent_too(
+    make_run: Callable[..., RunFolder],
+) -> None:
+    folder = make_run(episodes=2)  # of ten steps
+    assert spent_evaluations(folder) == 20  # a search without a log of its plans
+    entries = [{"counted": False}] * 5 + [{"counted": True}] * 24
+    whole = "".join(json.dumps(entry) + "\n" for entry in ({"format": 1}, *entries))
+    folder.evaluations.write_text(whole + '{"counted": tr')
+    assert spent_evaluations(folder) == 24
+    # gradient steps are no plans
+    folder.evaluations.write_text(json.dumps({"format": 1}) + '\n{"counted": true}\n')
+    assert spent_evaluations(folder) == 20
+    folder.evaluations.write_text("{}\nnothing\n")
+    with pytest.raises(UserError, match=r"evaluations\.jsonl is damaged"):
+        spent_evaluations(folder)
+
+
+@dataclass(frozen=True)
+class ManySeeds:
+    seeds: int = 5
 
 
 def test_weight_files_have_a_name_per_network_and_stage(tmp_path: Path) -> None:

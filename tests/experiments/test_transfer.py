@@ -114,17 +114,23 @@ def test_evaluations_saved(source: RunFolder, tmp_path: Path) -> None:
     assert content["evaluations_saved"] == target.evaluations - 1
 
 
-def test_references_must_have_searched_the_same(source: RunFolder) -> None:
+def test_references_must_have_searched_the_same(source: RunFolder, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"differs in --budget, --reward"):
         read_target(source.path, plain(replace(OPTIONS, budget="0.2", reward="final")))
     with pytest.raises(UserError, match=r"is a range"):
         read_target(source.path, plain(replace(OPTIONS, budget="0.1:0.2")))
+    begun, _, _ = searched(tmp_path / "run", source=source.path)
+    with pytest.raises(UserError, match=r"began with another run's policy itself"):
+        read_target(begun.path, plain(OPTIONS))
 
 
 def test_sources_that_cannot_be_used_are_refused(source: RunFolder, tmp_path: Path) -> None:
     assert find_policy(source.path, "mappo") == find_policy(source.policy, "mappo") == source.policy.resolve()
-    with pytest.raises(UserError, match=r"holds a policy of mappo, not of ippo"):
+    with pytest.raises(UserError, match=r"holds a policy of mappo, not of ippo; add --algo mappo"):
         find_policy(source.path, "ippo")
+    build_agent("evolution").save(tmp_path / "evolution")
+    with pytest.raises(UserError, match=r"made by evolution, which learns no policy that fits other"):
+        find_policy(tmp_path / "evolution", "mappo")
     with pytest.raises(UserError, match=r"use --algo mappo or ippo"):
         find_policy(source.path, "cma-es")
     shutil.copytree(source.path, tmp_path / "run")
