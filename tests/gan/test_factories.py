@@ -27,6 +27,14 @@ def says_network() -> nn.Module:
     return nn.Conv2d(3, 3, 1)
 
 
+def lost_its_weights() -> nn.Module:
+    raise FileNotFoundError("no weights.pth here")
+
+
+def lazy() -> nn.Module:
+    return nn.Sequential(nn.LazyConv2d(8, 3), nn.Conv2d(8, 3, 3))
+
+
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
@@ -36,11 +44,34 @@ def says_network() -> nn.Module:
         ("os:abort", "does not say that it makes a network"),
         (f"{__name__}:says_nothing", r"write def says_nothing\(\) -> nn.Module"),
         ("torch.nn:Conv2d", "must be callable without arguments"),
+        (
+            f"{__name__}:lost_its_weights",
+            r"builds no network \(FileNotFoundError: no weights.pth here, in test_factories.py, line \d+\)",
+        ),
+        (f"{__name__}:lazy", r"'0.weight' has no shape yet; name the channels of lazy layers"),
     ],
 )
 def test_a_wrong_factory_is_one_sentence(name, sentence):
     with pytest.raises(UserError, match=sentence):
         make_network(name)
+
+
+@pytest.mark.parametrize(
+    ("code", "sentence"),
+    [
+        ("def make(:\n", r"SyntaxError: .*, in broken_\w+.py, line 1"),
+        ("\n1 / 0\n", r"ZeroDivisionError: .*, in broken_\w+.py, line 2"),
+    ],
+    ids=["syntax", "import"],
+)
+def test_a_module_that_does_not_run_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, code: str, sentence: str
+) -> None:
+    name = f"broken_{request.node.callspec.id}"
+    (tmp_path / f"{name}.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=sentence):
+        make_network(f"{name}:make")
 
 
 def test_a_factory_is_a_class_or_a_function_that_says_so():
