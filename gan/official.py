@@ -25,6 +25,8 @@ from gan.networks import Architecture, NormKind, unet_levels
 PREFIXES = ("module.", "_orig_mod.")
 """What data parallelism and compilation put before every key."""
 RUNNING = ("running_mean", "running_var", "num_batches_tracked")
+_BLOCK = re.compile(r"model\.(\d+)\.conv_block\.")
+"""Keys of a residual block, and its place."""
 LAYOUT = "the generators and discriminators of pytorch-CycleGAN-and-pix2pix"
 
 State = dict[str, Tensor]
@@ -50,7 +52,7 @@ def read_state(path: Path) -> State:
     Only tensors and plain containers are read (``weights_only``): a stranger's file cannot run code.
 
     Raises:
-        UserError: missing, damaged, or not a plain state dict.
+        UserError: missing, damaged, not a plain state dict, or not all numbers.
     """
     if not path.is_file():
         raise UserError(f"the checkpoint {path} does not exist; name a file such as latest_net_G.pth")
@@ -65,8 +67,10 @@ def read_state(path: Path) -> State:
         raise UserError(f"the checkpoint {path} is damaged or no checkpoint; get it again") from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise UserError(f"the checkpoint {path} is damaged or no checkpoint; get it again") from error
-    if not isinstance(data, Mapping) or not data:
+    if not isinstance(data, Mapping):
         raise UserError(f"the checkpoint {path} holds a {type(data).__name__}; it must be a state dict")
+    if not data:
+        raise UserError(f"the checkpoint {path} holds no tensors; it must be a network's state dict")
     wrong = [str(key) for key, value in data.items() if not isinstance(value, Tensor)]
     if wrong:
         raise UserError(
@@ -74,6 +78,17 @@ def read_state(path: Path) -> State:
             "save the network alone: torch.save(net.state_dict(), path)"
         )
     state = {_bare(str(key)): value for key, value in data.items()}
+    for key, value in state.items():
+        if value.layout != torch.strided or value.is_meta or value.is_quantized or value.is_complex():
+            raise UserError(
+                f"the checkpoint {path} holds {key!r} in a form that no network takes (sparse, quantised, "
+                "complex or without values); save the state dict of the network as it was trained"
+            )
+        if not value.isfinite().all():
+            raise UserError(
+                f"the checkpoint {path} holds values in {key!r} that are no finite numbers: the training "
+                "went astray; take the checkpoint of an earlier epoch"
+            )
     return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
 
 
@@ -93,7 +108,7 @@ def infer_architecture(state: Mapping[str, Tensor]) -> Architecture:
         UserError: keys of another kind of network.
     """
     kernels = {key.removesuffix(".weight"): value for key, value in state.items() if value.dim() == 4}
-    if any(".conv_block." in key for key in state):
+    if any(_BLOCK.match(key) for key in state):
         found = _resnet(state, kernels)
     elif "model.model.0" in kernels:
         found = _unet(state, kernels)
@@ -156,7 +171,7 @@ def _unet(state: Mapping[str, Tensor], kernels: Mapping[str, Tensor]) -> Archite
 
 
 def _resnet(state: Mapping[str, Tensor], kernels: Mapping[str, Tensor]) -> Architecture:
-    blocks = sorted({int(key.split(".")[1]) for key in state if ".conv_block." in key})
+    blocks = sorted({int(found[1]) for key in state if (found := _BLOCK.match(key))})
     if f"model.{blocks[0]}.conv_block.0" in kernels:
         raise UserError(
             "the residual blocks pad with zeros; known are those that reflect, the repository's default"
@@ -225,6 +240,10 @@ def load_official(path: Path) -> OfficialNetwork:
         state = {key: value for key, value in state.items() if key not in old}
         if old:
             notes.append(f"{path.name}: the unused running statistics of an old InstanceNorm are left out")
+    if architecture.widths is not None and min(architecture.widths) < 1:
+        raise UserError(
+            f"{path} looks like {architecture.name}, but a layer of it has no channels; get it again"
+        )
     network = architecture.build()
     wanted = network.state_dict()
     for key in wanted.keys() - state.keys():
