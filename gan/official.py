@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gan.checkpoints import state_hash
 from gan.errors import UserError
 from gan.files import write_bytes
 from gan.networks import Architecture, NormKind, unet_levels
@@ -84,12 +85,22 @@ def read_state(path: Path) -> State:
                 f"the checkpoint {path} holds {key!r} in a form that no network takes (sparse, quantised, "
                 "complex or without values); save the state dict of the network as it was trained"
             )
+    check_finite(path, state)
+    return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+
+
+def check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse weights of a training that went astray: nothing else would notice before the table.
+
+    Raises:
+        UserError: a value is infinite or no number.
+    """
+    for key, value in tensors.items():
         if not value.isfinite().all():
             raise UserError(
                 f"the checkpoint {path} holds values in {key!r} that are no finite numbers: the training "
                 "went astray; take the checkpoint of an earlier epoch"
             )
-    return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
 
 
 def _bare(key: str) -> str:
@@ -292,7 +303,7 @@ def check_pair(
     """Make sure that networks make a translator: a paired one, or with the way back an unpaired one.
 
     Raises:
-        UserError: exchanged files, or channels that do not fit.
+        UserError: exchanged files, channels that do not fit, or one file for both ways.
     """
     made, judge = generator.architecture, discriminator.architecture
     if not made.is_generator or judge.is_generator:
@@ -306,6 +317,10 @@ def check_pair(
     if back is not None:
         _check_back(made, back.architecture)
     if judge.in_channels == (paired if back is None else alone):
+        if back is not None and state_hash(generator.network) == state_hash(back.network):
+            raise UserError(
+                "--generator and --back hold the same weights; name those of the other direction by --back"
+            )
         return
     if back is None and judge.in_channels == alone:
         raise UserError(

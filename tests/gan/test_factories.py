@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from gan.checkpoints import load_network, recipe_path, save_network
+from gan.checkpoints import load_network, recipe_path, save_network, save_tensors
 from gan.errors import UserError
 from gan.factories import example_inputs, load_factory, make_network, parse_shape
 from gan.networks import Architecture
@@ -112,6 +112,24 @@ def test_weights_of_another_network_are_refused(tmp_path: Path):
     torch.save(nn.Conv2d(3, 3, 1).state_dict(), tmp_path / "g.pth")
     with pytest.raises(UserError, match=r"do not fit the network of tests\.gan\.foreign:Separable"):
         load_foreign(NAME, tmp_path / "g.pth", "generator", 32)
+
+
+def test_weights_that_are_no_numbers_are_refused(tmp_path: Path):
+    dense = randomise(SeparableResnet())
+    next(dense.parameters()).data[0] = float("nan")
+    save_tensors(tmp_path / "g.safetensors", dense.state_dict())
+    with pytest.raises(UserError, match=r"g\.safetensors holds values in .* that are no finite numbers"):
+        load_foreign(NAME, tmp_path / "g.safetensors", "generator", 32)
+
+
+class ImageInADict(SeparableResnet):
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:  # type: ignore[override]
+        return {"image": super().forward(x)}
+
+
+def test_a_generator_hands_back_one_image():
+    with pytest.raises(UserError, match=r"makes a dict of \[\(1, 3, 32, 32\)\] .* must make one image"):
+        load_foreign(f"{__name__}:ImageInADict", None, "generator", 32)
 
 
 def test_a_generator_with_labels_is_no_task():
