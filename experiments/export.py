@@ -148,6 +148,9 @@ def find_start(subject: Subject, path: Path, extra: Path | None) -> dict[str, An
         subject: of a run; anything else has no start.
         path: where the exported weights lie; the statistics go beside them.
         extra: elastic weights that the user names.
+
+    Raises:
+        UserError: the named weights do not give it: the recipe would silently name others, or none.
     """
     if subject.run is None or subject.task is None or subject.kind not in subject.task.architectures:
         return None
@@ -165,6 +168,11 @@ def find_start(subject: Subject, path: Path, extra: Path | None) -> dict[str, An
             found = describe_start(path, source, start, architecture.widths or dense.dense_widths)
             if found is not None:
                 return found
+        if file == extra:
+            raise UserError(
+                f"--source {extra} is not what the run's {subject.agent} was cut out of; name the elastic "
+                "weights that the run was made with, or leave it out"
+            )
     return None
 
 
@@ -211,7 +219,11 @@ def main(options: Options) -> None:
     """Write everything, or nothing."""
     if not 0 < options.tolerance < 1:
         raise UserError(f"--tolerance is {options.tolerance}; it must lie between 0 and 1")
+    if options.source is not None and not options.source.is_file():
+        raise UserError(f"--source {options.source} does not exist; name a file of elastic weights")
     subject = read_subject(options.model, options.network)
+    if options.source is not None and subject.run is None:
+        raise UserError("--source is for runs, which know what they were cut to; leave it out for a file")
     name = options.network if subject.run is not None else subject.weights.stem
     images = real_inputs(subject, options)
     output = options.output or (

@@ -48,6 +48,7 @@ from gan.features import Extractor, load_extractor
 from gan.files import file_hash, write_bytes, write_json, write_text
 from gan.loop import TrainingProgress
 from gan.plans import Plan
+from gan.task_folder import find_both
 from gan.tasks import AGENTS, Task, load_elastic, load_task
 from gan.training import FINETUNING, PairedTrainer, TrainingOptions
 
@@ -267,6 +268,11 @@ def read_source(
         )
     folder.require(folder.plan, folder.elastic_reference)
     known = task_of(folder)
+    if find_both(known) is not None:
+        raise UserError(
+            f"the run {source} has both directions of a translator, and this finetunes one pair; both are "
+            "finetuned for longer by a run with more epochs: train_agents.py --epochs"
+        )
     if options.task not in (None, known):
         raise UserError(f"the run {source} is of task {known!r}; leave out --task")
     task, reference = load_task(known, device), read_json(folder.elastic_reference)

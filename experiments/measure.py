@@ -24,8 +24,8 @@ from tyro.conf import Positional
 from envs.budget import uniform_widths
 from experiments import cli
 from experiments.memory import MemoryJob, peaks_mb
-from experiments.runs import check_least, open_run, plain, versions
-from gan.checkpoints import load_network, save_tensors
+from experiments.runs import RunFolder, check_least, open_run, plain, task_of, versions
+from gan.checkpoints import load_network, read_recipe, save_tensors
 from gan.cost import build_cost_model, published_macs
 from gan.errors import UserError
 from gan.evaluation import count
@@ -39,6 +39,8 @@ from gan.own_task import usual_multiple
 from gan.runtime import OnnxNetwork
 from gan.slicing import Slicer
 from gan.stopwatch import Clocks, Job, Timing, read_clocks, speedup, take_turns
+from gan.task_folder import find_task_folder
+from gan.trial_cuts import brief
 
 DESCRIPTION = """Measures the dense and the pruned generator side by side: multiply-accumulates, parameters,
 file size, peak memory, and latency for one image with PyTorch and ONNX Runtime, on one thread and on all."""
@@ -157,6 +159,31 @@ def check(options: Options) -> None:
         raise UserError(f"--threads is {list(options.threads)}; each must be 1 or more")
     if not options.macs or not all(0 < share < 1 for share in options.macs):
         raise UserError(f"--macs is {list(options.macs)}; each share must lie between 0 and 1")
+    if options.output is not None and options.output.suffix == ".csv":
+        raise UserError(f"--output is {options.output}; name a JSON file: the CSV file goes beside it")
+
+
+def check_size(network: nn.Module, architecture: Architecture, image: Tensor) -> None:
+    """Refuse an image that the dense network cannot take.
+
+    Raises:
+        UserError: with the sizes that it takes.
+    """
+    sides = " × ".join(map(str, image.shape[:1:-1]))
+    multiple = architecture.size_multiple
+    if any(side % multiple for side in image.shape[-2:]):
+        raise UserError(
+            f"{architecture.name} takes images whose sides are multiples of {multiple} pixels, and this "
+            f"would be {sides}; choose another --size"
+        )
+    try:
+        with torch.no_grad():
+            network(image)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(
+            f"{architecture.name} does not run on an image of {sides} pixels ({brief(error)}); choose a "
+            "larger --size"
+        ) from error
 
 
 def subjects(options: Options) -> tuple[dict[str, nn.Module], Tensor, Path | None]:
@@ -167,12 +194,13 @@ def subjects(options: Options) -> tuple[dict[str, nn.Module], Tensor, Path | Non
     Raises:
         UserError: neither a run nor a generator's file nor an architecture.
     """
-    output = options.output
+    output, dense = options.output, None
     if options.model.is_dir():
         run = open_run(options.model)
         files = {"pruned": run.result(options.network), "uniform": run.weights(options.network, "uniform")}
         way = options.network.removeprefix("generator")
         output = output or run.path / f"measured{way}.json"
+        dense = own_architecture(run, way.removeprefix("_"))
     elif options.model.exists() or options.model.suffix:
         files = {"pruned": options.model}
     else:
@@ -181,10 +209,21 @@ def subjects(options: Options) -> tuple[dict[str, nn.Module], Tensor, Path | Non
     _, architecture, recipe = loaded["pruned"]
     if not architecture.is_generator:
         raise UserError(f"{options.model} holds the discriminator {architecture.name!r}; name a generator")
-    size = options.size or int(recipe.get("image_size", 256))
-    dense = replace(architecture, widths=None).build().eval()
-    networks = {DENSE: dense, **{name: network for name, (network, *_) in loaded.items()}}
-    return networks, random_image(architecture.in_channels, size), output
+    height = options.size or int(recipe.get("image_size", 256))
+    width = options.size or int(recipe.get("image_width", height))
+    image = random_image(architecture.in_channels, height, width)
+    whole = (dense or replace(architecture, widths=None)).build().eval()
+    check_size(whole, architecture, image)
+    return {DENSE: whole, **{name: network for name, (network, *_) in loaded.items()}}, image, output
+
+
+def own_architecture(run: RunFolder, way: str) -> Architecture | None:
+    """The dense generator of a run, where it is the user's: one that was pruned before has its own widths."""
+    folder = find_task_folder(task_of(run))
+    path = None if folder is None else folder / way / "generator.safetensors"
+    if path is None or not path.is_file():
+        return None
+    return Architecture.from_dict(read_recipe(path)["architecture"])
 
 
 def uniform_slices(options: Options) -> tuple[dict[str, nn.Module], Tensor]:
@@ -201,8 +240,10 @@ def uniform_slices(options: Options) -> tuple[dict[str, nn.Module], Tensor]:
             f"{name} is no run, no weight file and no generator's architecture; known are "
             f"{', '.join(GENERATORS)}"
         )
-    image = random_image(3, options.size or 256)
+    side = options.size or 256
+    image = random_image(3, side, side)
     dense = initialise(architecture.build(), torch.Generator().manual_seed(0)).eval()
+    check_size(dense, architecture, image)
     groups = find_groups(dense, [image])
     prunable = PrunableNetwork(
         kind="generator",
@@ -220,9 +261,9 @@ def uniform_slices(options: Options) -> tuple[dict[str, nn.Module], Tensor]:
     return {DENSE: dense, **slices}, image
 
 
-def random_image(channels: int, size: int) -> Tensor:
-    """(1, channels, size, size) in [-1, 1]."""
-    return torch.rand(1, channels, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+def random_image(channels: int, height: int, width: int) -> Tensor:
+    """(1, channels, height, width) in [-1, 1]."""
+    return torch.rand(1, channels, height, width, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
 def measure(networks: Mapping[str, nn.Module], image: Tensor, options: Options) -> list[Row]:

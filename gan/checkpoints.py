@@ -18,6 +18,9 @@ from gan.errors import UserError
 from gan.files import write_bytes, write_json
 from gan.networks import Architecture
 
+OTHER_WEIGHTS = (".pth", ".pt", ".ckpt", ".onnx")
+"""Endings of weights that are whole, and of another kind."""
+
 
 def tensors_hash(tensors: Mapping[str, Tensor]) -> str:
     """First 16 hexadecimal digits of the SHA-256 of names, shapes and values."""
@@ -50,10 +53,15 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     """Read named tensors; fp16 kernels come back as float32.
 
     Raises:
-        UserError: missing or truncated file.
+        UserError: missing or truncated file, or of another kind.
     """
     if not path.is_file():
         raise UserError(f"the weight file {path} does not exist; check the path, or make it again")
+    if path.suffix in OTHER_WEIGHTS:
+        raise UserError(
+            f"{path} is no .safetensors file; checkpoints of pytorch-CycleGAN-and-pix2pix become a task "
+            "folder with such files by make_task.py, and exported ONNX has one beside it"
+        )
     try:
         tensors = load_safetensors(path.read_bytes())
     except SafetensorError as error:

@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from gan.cost import build_cost_model
 from gan.elastic import ElasticNetwork, order_channels
 from gan.gates import GatedNetwork
-from gan.groups import ChannelGroup, FrozenGroup, tensors_of, without_inplace
+from gan.groups import CONVOLUTIONS, ChannelGroup, FrozenGroup, tensors_of, without_inplace
 from gan.trial_cuts import brief, fault_of, narrower, run, shapes_of, tried_groups
 
 TOLERANCE = 1e-8
@@ -110,11 +110,12 @@ def check_network(network: nn.Module, inputs: Sequence[Tensor], multiple: int = 
         find("the slice that keeps everything is dense", lambda: _keeps_all(network, ordered, inputs))
         find("a slice is the network with masks", lambda: _masked(network, ordered, tried, inputs))
         find(
-            "MACs in closed form are those counted", lambda: _counted_macs(ordered, cost.macs, tried, inputs)
+            "MACs in closed form are those counted",
+            lambda: _counted_macs(network, ordered, cost.macs, tried, inputs),
         )
         find(
             "parameters in closed form are those counted",
-            lambda: _counted_params(ordered, cost.params, tried),
+            lambda: _counted_params(network, ordered, cost.params, tried),
         )
         if cost.macs(dense) > 0:
             find("convolutions make up the cost", lambda: _elsewhere(network, inputs))
@@ -164,36 +165,39 @@ def _flops(network: nn.Module, inputs: Sequence[Tensor]) -> tuple[int, int]:
 
 
 def _counted_macs(
-    ordered: ElasticNetwork, closed: Callable[..., Any], tried: Sequence[int], inputs: Sequence[Tensor]
+    network: nn.Module,
+    ordered: ElasticNetwork,
+    closed: Callable[..., Any],
+    tried: Sequence[int],
+    inputs: Sequence[Tensor],
 ) -> tuple[bool, str]:
+    both = network, ordered.network(tried)
     return _equal(
-        ordered, closed, tried, lambda smaller: _flops(smaller, inputs)[0], "a layer that runs twice?"
+        both, ordered, closed, tried, lambda one: _flops(one, inputs)[0], "a layer that runs twice?"
     )
 
 
 def _counted_params(
-    ordered: ElasticNetwork, closed: Callable[..., Any], tried: Sequence[int]
+    network: nn.Module, ordered: ElasticNetwork, closed: Callable[..., Any], tried: Sequence[int]
 ) -> tuple[bool, str]:
-    return _equal(
-        ordered,
-        closed,
-        tried,
-        lambda smaller: sum(p.numel() for p in smaller.parameters()),
-        "shared weights?",
-    )
+    both = network, ordered.network(tried)
+    computed = any(isinstance(m, CONVOLUTIONS) and "weight" not in m._parameters for m in network.modules())
+    guess = "spectral or weight norm: fold it into plain weights" if computed else "shared weights?"
+    return _equal(both, ordered, closed, tried, lambda one: sum(p.numel() for p in one.parameters()), guess)
 
 
 def _equal(
+    both: tuple[nn.Module, nn.Module],
     ordered: ElasticNetwork,
     closed: Callable[..., Any],
     tried: Sequence[int],
     count: Callable[[nn.Module], int],
     guess: str,
 ) -> tuple[bool, str]:
-    """Closed form against a count, on the dense network and on a slice."""
+    """Closed form against a count, on the dense network itself (slices share no weights) and on a slice."""
     said = []
-    for widths in (ordered.slicer.dense_widths, tuple(tried)):
-        found = count(ordered.network(widths))
+    for one, widths in zip(both, (ordered.slicer.dense_widths, tuple(tried)), strict=True):
+        found = count(one)
         wanted = float(closed(np.array(widths, dtype=np.int64)))
         if found != round(wanted):
             return False, f"{found} counted, {wanted:.0f} in closed form ({guess})"

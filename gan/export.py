@@ -166,9 +166,12 @@ class Source:
         stored = load_tensors(path)
         prefix = f"{agent}/weights/"
         tensors = {name.removeprefix(prefix): t for name, t in stored.items() if name.startswith(prefix)}
-        if not tensors:
-            raise UserError(f"{path} holds no elastic weights of a {agent}")
-        orders = tuple(stored[f"{agent}/order/{index}"] for index in range(len(groups)))
+        places = [f"{agent}/order/{index}" for index in range(len(groups))]
+        if not tensors or not all(place in stored for place in places):
+            raise UserError(
+                f"{path} holds no elastic weights of this {agent}; name those that the run was made with"
+            )
+        orders = tuple(stored[place] for place in places)
         return cls(kind, path, architecture, tensors, orders, groups, agent)
 
     def cut(self, kept: Sequence[Sequence[int]], statistics: Mapping[str, Tensor]) -> nn.Module:
@@ -216,7 +219,7 @@ def describe_start(
     statistics = _buffers(start)
     try:
         found = tensors_hash(source.cut(kept, statistics).state_dict())
-    except (RuntimeError, ValueError, IndexError):  # another architecture or other widths
+    except (RuntimeError, ValueError, IndexError, KeyError):  # another architecture or other widths
         return None
     if found != wanted:
         return None

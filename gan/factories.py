@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import traceback
 import typing
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -12,11 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import UninitializedParameter
 
 from gan.errors import UserError
 from gan.groups import ChannelGroup, find_groups
 from gan.slicing import Slicer
-from gan.trial_cuts import tried_groups
+from gan.trial_cuts import brief, tried_groups
 
 
 def is_factory(name: str) -> bool:
@@ -46,6 +48,8 @@ def load_factory(name: str) -> Callable[[], nn.Module]:
             f"the module of {name!r} cannot be imported ({error}); start from its folder, or put "
             "it on PYTHONPATH"
         ) from error
+    except Exception as error:  # the code is anybody's
+        raise UserError(f"the module of {name!r} does not run ({_said(error)}); put it right") from error
     for part in attribute.split("."):
         if not hasattr(found, part):
             raise UserError(f"{module_name} has no {attribute!r}; name a function or class that it has")
@@ -70,16 +74,33 @@ def make_network(name: str) -> nn.Module:
     """The dense network of a factory, with whatever weights it comes with, in evaluation mode.
 
     Raises:
-        UserError: no such factory, or one that needs arguments.
+        UserError: no such factory, one that needs arguments or fails, or a network that is not built yet.
     """
     factory = load_factory(name)
     try:
         network = factory()
     except TypeError as error:
         raise UserError(f"{name} must be callable without arguments ({error})") from error
+    except UserError:
+        raise
+    except Exception as error:  # the code is anybody's
+        raise UserError(f"{name} builds no network ({_said(error)}); put it right") from error
     if not isinstance(network, nn.Module):
         raise UserError(f"{name} returned a {type(network).__name__}; it must return a torch.nn.Module")
+    lazy = [key for key, value in network.named_parameters() if isinstance(value, UninitializedParameter)]
+    if lazy:
+        raise UserError(
+            f"{name} returned a network whose {lazy[0]!r} has no shape yet; name the channels of lazy "
+            "layers, or run it once in the factory"
+        )
     return network.eval()
+
+
+def _said(error: Exception) -> str:
+    """What went wrong, and in which line of whose code."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    file, line = (error.filename, error.lineno) if isinstance(error, SyntaxError) else place[:2]
+    return f"{type(error).__name__}: {brief(error)}, in {Path(str(file)).name}, line {line}"
 
 
 def first_channels(network: nn.Module) -> int:

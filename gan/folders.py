@@ -195,10 +195,12 @@ def open_image(path: Path) -> Image.Image:
     """An image file as RGB; transparency becomes white, 16-bit grey keeps its levels.
 
     Raises:
-        UserError: not readable as an image.
+        UserError: not readable as an image, or of a kind without a fixed range.
     """
     try:
         with Image.open(path) as image:
+            if image.mode in ("I", "F"):
+                raise ValueError("32-bit levels, of which nothing says what is white")
             if image.mode.startswith("I;16"):  # converted as it is, 16-bit grey would be cut off at 255
                 levels = (np.asarray(image) // 256).astype(np.uint8)
                 return Image.fromarray(levels).convert("RGB")
@@ -259,8 +261,21 @@ def _named(names: Sequence[str]) -> str:
 
 
 def _by_name(folder: Path) -> dict[str, Path]:
-    """Path below the folder without suffix → file."""
-    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in find_images(folder)}
+    """Path below the folder without suffix → file.
+
+    Raises:
+        UserError: two files of one name: one of them would be lost without a word.
+    """
+    found: dict[str, Path] = {}
+    for path in find_images(folder):
+        name = path.relative_to(folder).with_suffix("").as_posix()
+        if name in found:
+            raise UserError(
+                f"{folder} has {found[name].name} and {path.name}, which differ in their endings alone; "
+                "images are known by what stands before: rename or remove one of them"
+            )
+        found[name] = path
+    return found
 
 
 def _paired_sources(folder: Path, split: Split) -> tuple[list[Source], list[str]]:
@@ -271,7 +286,13 @@ def _paired_sources(folder: Path, split: Split) -> tuple[list[Source], list[str]
     shared = [Source(name, first[name], second[name]) for name in first if name in second]
     alone = [f"{split}A/{name}" for name in first if name not in second]
     alone += [f"{split}B/{name}" for name in second if name not in first]
-    if (first or second) and not shared:
+    if bool(first) != bool(second):
+        (full, count), empty = (("A", len(first)), "B") if first else (("B", len(second)), "A")
+        raise UserError(
+            f"{folder / f'{split}{empty}'} has no images, but {split}{full} has {count}; both domains are "
+            "needed"
+        )
+    if first and not shared:
         raise UserError(
             f"no image of {folder / f'{split}A'} ({len(first)}) has one of the same name in {split}B "
             f"({len(second)}); paired work needs A and B under one file name, unpaired work (CycleGAN) the "
@@ -469,6 +490,7 @@ def load_pairs(folder: Path, reading: Reading) -> PairedSplits:
         raise UserError(f"{folder} has no images in {where}; allowed are {', '.join(sorted(SUFFIXES))}")
     advice = "; images without partners need --back, the generator of the way back"
     notes = _report(dict.fromkeys(alone, "no partner"), str(folder), reading, advice)
+    borrowed = [split for split in SPLITS if not splits[split]]
     notes += _fill(splits, folder)
     for split in SPLITS:
         splits[split] = _spread(splits[split], getattr(reading, split))
@@ -481,7 +503,7 @@ def load_pairs(folder: Path, reading: Reading) -> PairedSplits:
     for split in SPLITS:
         stacks, names, wrong = _load(splits[split], readers[split])
         notes += _report(wrong, f"{folder} ({split})", reading)
-        _enough(len(names), f"{folder} ({split})")
+        _enough(len(names), f"{folder} ({split}{', taken from another split' * (split in borrowed)})")
         loaded[split] = PairedImages(stacks[0], stacks[1], tuple(names))
     shapes = {tuple(images.inputs.shape[-2:]) for images in loaded.values()}
     if len(shapes) > 1:

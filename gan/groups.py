@@ -148,12 +148,24 @@ _BLENDS = frozenset(
 )
 
 
-class _WithoutBroadcasts(TorchFunctionMode):
-    """Keeps one-channel maps that meet many channels (attention gates, masks) out of the graph.
+_PRODUCTS = frozenset(
+    getattr(owner, name)
+    for owner, names in (
+        (torch, ("matmul", "bmm", "baddbmm", "einsum")),
+        (Tensor, ("matmul", "bmm", "baddbmm", "__matmul__", "__rmatmul__")),
+        (torch.nn.functional, ("scaled_dot_product_attention",)),
+    )
+    for name in names
+)
 
-    torch_pruning ties the operands of every product channel by channel. For a map of one channel that is
-    wrong, and it moves the offsets of the concatenations behind it. The map is taken for an output instead:
-    whatever makes it keeps its one channel.
+
+class _WithoutMixtures(TorchFunctionMode):
+    """Keeps what is not channel by channel out of the graph: broadcast maps and attention products.
+
+    torch_pruning ties the operands of every product channel by channel. For a map of one channel that meets
+    many (attention gates, masks) that is wrong, and it moves the offsets of the concatenations behind it. In
+    the matrix products of self-attention it follows every channel to every place, which takes minutes for
+    8 × 8 pixels. Such operands are taken for outputs instead: whatever makes them keeps its width.
 
     Attributes:
         maps: what was taken out, in forward order.
@@ -176,7 +188,18 @@ class _WithoutBroadcasts(TorchFunctionMode):
             args = tuple(
                 x.detach() if isinstance(x, Tensor) and x.dim() == 4 and x.shape[1] == 1 else x for x in args
             )
+        elif function in _PRODUCTS:
+            # Kernels have no history; they are parameters of the network's own, and never cut.
+            self.maps += [x for x in tensors_of(args) if x.grad_fn is not None]
+            args = tuple(_detached(x) for x in args)
         return function(*args, **(kwargs or {}))
+
+
+def _detached(argument: Any) -> Any:
+    """Tensors, alone or in a row (einsum), without what they were made from."""
+    if isinstance(argument, list | tuple):
+        return type(argument)(map(_detached, argument))
+    return argument.detach() if isinstance(argument, Tensor) else argument
 
 
 def tensors_of(outputs: Any) -> list[Tensor]:
@@ -189,8 +212,8 @@ def tensors_of(outputs: Any) -> list[Tensor]:
 
 
 def _forward(network: nn.Module, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Outputs for the tracer, gates beside them."""
-    with _WithoutBroadcasts() as mode:
+    """Outputs for the tracer, gates and operands of attention beside them."""
+    with _WithoutMixtures() as mode:
         outputs = tensors_of(network(*inputs))
     return [x for x in (*outputs, *mode.maps) if x.requires_grad]
 
@@ -289,7 +312,10 @@ def discover_groups(network: nn.Module, inputs: Sequence[Tensor]) -> Discovery:
                 slots.append(slot)
         claimed.add(name)
         if reaches_output:
-            obstacles = ["they are the network's output, or a map that many channels are multiplied by"]
+            obstacles = [
+                "they are the network's output, a map that many channels are multiplied by, or part of an "
+                "attention product"
+            ]
         elif not any(slot.axis == "in" for slot in slots):
             obstacles.append("no convolution reads them; they go to the network's output")
         if obstacles:

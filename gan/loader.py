@@ -16,7 +16,8 @@ _TEMPLATE = '''"""A pruned {name}: this file builds the network and loads {weigh
     from {module} import load
     network = load()  # a torch.nn.Module: (N, {in_channels}, H, W) in [-1, 1] -> (N, {out_channels}, H, W)
 
-It needs torch and safetensors, nothing else. In a checkout of pytorch-CycleGAN-and-pix2pix, put
+It needs torch and safetensors, nothing else; torch alone where {checkpoint} is loaded instead, as in
+load("{checkpoint}"). In a checkout of pytorch-CycleGAN-and-pix2pix, put
 {checkpoint} into checkpoints/NAME and start its test.py through this file, with the options that it
 takes anyway:
 
@@ -35,7 +36,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -50,8 +50,13 @@ def build(*_: object, **__: object) -> nn.Module:
 
 
 def load(path: str | Path = WEIGHTS) -> nn.Module:
-    """The network with its weights, in evaluation mode."""
+    """The network with its weights, of a .safetensors or a .pth file, in evaluation mode."""
     network = build()
+    if Path(path).suffix == ".pth":
+        network.load_state_dict(torch.load(path, map_location="cpu", weights_only=True))
+        return network
+    from safetensors.torch import load_file  # the rest of this file does without
+
     network.load_state_dict(load_file(path))
     return network
 

@@ -363,7 +363,7 @@ class Architecture:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Architecture:
-        """Read :meth:`to_dict` back; unknown keys and a missing name raise."""
+        """Read :meth:`to_dict` back; unknown keys, a missing name and values of another kind raise."""
         wrong = sorted(set(data) - set(cls.__dataclass_fields__))
         if wrong:
             raise UserError(
@@ -372,9 +372,23 @@ class Architecture:
         if "name" not in data:
             raise UserError(f"an architecture needs the key 'name'; got keys {sorted(data)}")
         values = dict(data)
-        if values.get("widths") is not None:
-            values["widths"] = tuple(int(w) for w in values["widths"])
+        if isinstance(values.get("widths"), list):
+            values["widths"] = tuple(values["widths"])
+        for key, kind in _KINDS.items():
+            value = values.get(key)
+            rows = value if key == "widths" and isinstance(value, tuple) else (value,)
+            optional = key in ("widths", "role") and value is None
+            if key in values and not optional and any(type(one) is not kind for one in rows):
+                raise UserError(f"the architecture key {key!r} is {value!r}; it must be of {kind.__name__}")
         return cls(**values)
+
+
+_KINDS: Mapping[str, type] = {
+    **dict.fromkeys(("in_channels", "out_channels", "base_width", "layers", "widths", "trace_size"), int),
+    **dict.fromkeys(("name", "norm", "statistics", "role"), str),
+    "dropout": bool,
+}
+"""Key of an architecture as JSON → kind of its value, or of each of its values."""
 
 
 def initialise(network: nn.Module, generator: torch.Generator, std: float = 0.02) -> nn.Module:

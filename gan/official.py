@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from gan.checkpoints import state_hash
 from gan.errors import UserError
 from gan.files import write_bytes
 from gan.networks import Architecture, NormKind, unet_levels
@@ -25,6 +26,8 @@ from gan.networks import Architecture, NormKind, unet_levels
 PREFIXES = ("module.", "_orig_mod.")
 """What data parallelism and compilation put before every key."""
 RUNNING = ("running_mean", "running_var", "num_batches_tracked")
+_BLOCK = re.compile(r"model\.(\d+)\.conv_block\.")
+"""Keys of a residual block, and its place."""
 LAYOUT = "the generators and discriminators of pytorch-CycleGAN-and-pix2pix"
 
 State = dict[str, Tensor]
@@ -50,7 +53,7 @@ def read_state(path: Path) -> State:
     Only tensors and plain containers are read (``weights_only``): a stranger's file cannot run code.
 
     Raises:
-        UserError: missing, damaged, or not a plain state dict.
+        UserError: missing, damaged, not a plain state dict, or not all numbers.
     """
     if not path.is_file():
         raise UserError(f"the checkpoint {path} does not exist; name a file such as latest_net_G.pth")
@@ -65,8 +68,10 @@ def read_state(path: Path) -> State:
         raise UserError(f"the checkpoint {path} is damaged or no checkpoint; get it again") from error
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         raise UserError(f"the checkpoint {path} is damaged or no checkpoint; get it again") from error
-    if not isinstance(data, Mapping) or not data:
+    if not isinstance(data, Mapping):
         raise UserError(f"the checkpoint {path} holds a {type(data).__name__}; it must be a state dict")
+    if not data:
+        raise UserError(f"the checkpoint {path} holds no tensors; it must be a network's state dict")
     wrong = [str(key) for key, value in data.items() if not isinstance(value, Tensor)]
     if wrong:
         raise UserError(
@@ -74,7 +79,28 @@ def read_state(path: Path) -> State:
             "save the network alone: torch.save(net.state_dict(), path)"
         )
     state = {_bare(str(key)): value for key, value in data.items()}
+    for key, value in state.items():
+        if value.layout != torch.strided or value.is_meta or value.is_quantized or value.is_complex():
+            raise UserError(
+                f"the checkpoint {path} holds {key!r} in a form that no network takes (sparse, quantised, "
+                "complex or without values); save the state dict of the network as it was trained"
+            )
+    check_finite(path, state)
     return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+
+
+def check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Refuse weights of a training that went astray: nothing else would notice before the table.
+
+    Raises:
+        UserError: a value is infinite or no number.
+    """
+    for key, value in tensors.items():
+        if not value.isfinite().all():
+            raise UserError(
+                f"the checkpoint {path} holds values in {key!r} that are no finite numbers: the training "
+                "went astray; take the checkpoint of an earlier epoch"
+            )
 
 
 def _bare(key: str) -> str:
@@ -93,7 +119,7 @@ def infer_architecture(state: Mapping[str, Tensor]) -> Architecture:
         UserError: keys of another kind of network.
     """
     kernels = {key.removesuffix(".weight"): value for key, value in state.items() if value.dim() == 4}
-    if any(".conv_block." in key for key in state):
+    if any(_BLOCK.match(key) for key in state):
         found = _resnet(state, kernels)
     elif "model.model.0" in kernels:
         found = _unet(state, kernels)
@@ -156,7 +182,7 @@ def _unet(state: Mapping[str, Tensor], kernels: Mapping[str, Tensor]) -> Archite
 
 
 def _resnet(state: Mapping[str, Tensor], kernels: Mapping[str, Tensor]) -> Architecture:
-    blocks = sorted({int(key.split(".")[1]) for key in state if ".conv_block." in key})
+    blocks = sorted({int(found[1]) for key in state if (found := _BLOCK.match(key))})
     if f"model.{blocks[0]}.conv_block.0" in kernels:
         raise UserError(
             "the residual blocks pad with zeros; known are those that reflect, the repository's default"
@@ -225,6 +251,10 @@ def load_official(path: Path) -> OfficialNetwork:
         state = {key: value for key, value in state.items() if key not in old}
         if old:
             notes.append(f"{path.name}: the unused running statistics of an old InstanceNorm are left out")
+    if architecture.widths is not None and min(architecture.widths) < 1:
+        raise UserError(
+            f"{path} looks like {architecture.name}, but a layer of it has no channels; get it again"
+        )
     network = architecture.build()
     wanted = network.state_dict()
     for key in wanted.keys() - state.keys():
@@ -273,7 +303,7 @@ def check_pair(
     """Make sure that networks make a translator: a paired one, or with the way back an unpaired one.
 
     Raises:
-        UserError: exchanged files, or channels that do not fit.
+        UserError: exchanged files, channels that do not fit, or one file for both ways.
     """
     made, judge = generator.architecture, discriminator.architecture
     if not made.is_generator or judge.is_generator:
@@ -287,6 +317,10 @@ def check_pair(
     if back is not None:
         _check_back(made, back.architecture)
     if judge.in_channels == (paired if back is None else alone):
+        if back is not None and state_hash(generator.network) == state_hash(back.network):
+            raise UserError(
+                "--generator and --back hold the same weights; name those of the other direction by --back"
+            )
         return
     if back is None and judge.in_channels == alone:
         raise UserError(

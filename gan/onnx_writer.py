@@ -11,6 +11,7 @@ import copy
 import math
 import operator
 from collections.abc import Callable, Mapping
+from operator import attrgetter
 from typing import Any
 
 import numpy as np
@@ -138,6 +139,8 @@ class _Writer:
             return next(write for kind, write in _MODULES.items() if isinstance(module, kind))(
                 self.graph, module, arguments[0]
             )
+        if node.op == "get_attr" and isinstance(value := attrgetter(str(node.target))(self.network), Tensor):
+            return self.graph.constant(_array(value))
         write = _FUNCTIONS.get(node.target if node.op == "call_function" else str(node.target))
         if write is None or node.op == "get_attr":
             raise UserError(
@@ -145,7 +148,10 @@ class _Writer:
                 f"{', '.join(sorted(kind.__name__ for kind in _MODULES))} and the functions cat, add, sub, "
                 "mul, div, relu, leaky_relu, tanh, sigmoid, interpolate"
             )
-        return write(self.graph, *arguments, **options)
+        try:
+            return write(self.graph, *arguments, **options)
+        except TypeError as error:  # a setting that the functions below do not have
+            raise UserError(f"ONNX: {_label(node)} cannot be written as it is called ({error})") from error
 
     def _convolution(self, node: fx.Node, module: nn.Conv2d | nn.ConvTranspose2d, x: str) -> str:
         """A convolution together with the BatchNorm behind it, if nothing else reads its output."""
@@ -230,8 +236,28 @@ def _norm(graph: ConvGraph, norm: Any, x: str) -> str:
     return graph.instance_norm(x, weight, bias, norm.eps)
 
 
+def _group_norm(graph: ConvGraph, norm: nn.GroupNorm, x: str) -> str:
+    weight = np.ones(norm.num_channels, np.float32) if norm.weight is None else _array(norm.weight)
+    bias = np.zeros(norm.num_channels, np.float32) if norm.bias is None else _array(norm.bias)
+    return graph.group_norm(x, norm.num_groups, weight, bias, norm.eps)
+
+
+def _prelu(graph: ConvGraph, layer: nn.PReLU, x: str) -> str:
+    """One slope, or one per channel."""
+    positive, negative = graph.pointwise("Relu", x), graph.combine("Sub", x, graph.pointwise("Relu", x))
+    slopes = graph.constant(_array(layer.weight)[:, None, None])
+    return graph.add(positive, graph.combine("Mul", negative, slopes))
+
+
 def _pool(kind: str) -> Callable[[ConvGraph, Any, str], str]:
     def write(graph: ConvGraph, pool: Any, x: str) -> str:
+        usual: dict[str, Any] = {"ceil_mode": False, "dilation": 1, "divisor_override": None}
+        if any(_pair(pool.padding)):
+            usual["count_include_pad"] = True
+        found = {name: getattr(pool, name, value) for name, value in usual.items()}
+        odd = [f"{name}={value}" for name, value in found.items() if value != usual[name]]
+        if odd:
+            raise UserError(f"ONNX: {type(pool).__name__} with {', '.join(odd)} is not known; leave it out")
         stride = pool.kernel_size if pool.stride is None else pool.stride
         return graph.window(kind, x, _pair(pool.kernel_size), _pair(stride), _pair(pool.padding))
 
@@ -310,6 +336,8 @@ _MODULES: Mapping[type[nn.Module], Callable[[ConvGraph, Any, str], str]] = {
     nn.ConvTranspose2d: _nothing,
     nn.BatchNorm2d: _norm,
     nn.InstanceNorm2d: _norm,
+    nn.GroupNorm: _group_norm,
+    nn.PReLU: _prelu,
     nn.ReLU: lambda graph, _, x: graph.pointwise("Relu", x),
     nn.ReLU6: lambda graph, _, x: graph.relu6(x),
     nn.LeakyReLU: lambda graph, layer, x: _leaky(graph, x, layer.negative_slope),

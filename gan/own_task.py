@@ -33,7 +33,7 @@ from gan.folders import (
 )
 from gan.losses import AdversarialKind
 from gan.networks import Architecture, NormKind, StatisticsKind, unet_levels, with_image_statistics
-from gan.official import OfficialNetwork, check_pair, load_official, read_state
+from gan.official import OfficialNetwork, check_finite, check_pair, load_official, read_state
 from gan.trial_cuts import run, shapes_of, tried_groups
 
 AGENTS = ("generator", "discriminator")
@@ -315,6 +315,7 @@ def load_foreign(factory: str, path: Path | None, agent: str, size: int) -> Offi
     network = make_network(factory)
     if path is not None:
         state = load_tensors(path) if path.suffix == ".safetensors" else read_state(path)
+        check_finite(path, state)
         try:
             network.load_state_dict(state)
         except RuntimeError as error:
@@ -326,7 +327,8 @@ def load_foreign(factory: str, path: Path | None, agent: str, size: int) -> Offi
     image = isinstance(made, torch.Tensor) and made.dim() == 4
     if not image or (agent == "generator" and made.shape[2:] != inputs[0].shape[2:]):
         raise UserError(
-            f"{factory} makes {[*map(tuple, shapes_of(made))]} of {tuple(inputs[0].shape)}; a {agent} must "
+            f"{factory} makes a {type(made).__name__} of {[*map(tuple, shapes_of(made))]} out of "
+            f"{tuple(inputs[0].shape)}; a {agent} must "
             + ("make one image of the same size" if agent == "generator" else "make one map of logits")
         )
     found = tried_groups(network, inputs)

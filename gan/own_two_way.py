@@ -127,12 +127,11 @@ def check_both(there: OwnPair, back: OwnPair) -> None:
             f"--back-discriminator sees {sees[1]} channels, but the images that --back makes have "
             f"{returned.out_channels}: are the files of one training?"
         )
-    for agent, other_option in zip(AGENTS, ("back", "back-discriminator"), strict=True):
-        if state_hash(there[agent].network) == state_hash(back[agent].network):
-            raise UserError(
-                f"--{agent} and --{other_option} hold the same weights; name those of the other direction "
-                f"by --{other_option}"
-            )
+    if state_hash(there["discriminator"].network) == state_hash(back["discriminator"].network):
+        raise UserError(
+            "--discriminator and --back-discriminator hold the same weights; name those of the other "
+            "direction by --back-discriminator"
+        )
 
 
 def _check_kinds(there: OwnPair, back: OwnPair) -> None:

@@ -155,6 +155,10 @@ class ConvGraph:
         self._count += 1
         return f"value_{self._count}"
 
+    def constant(self, array: NDArray[np.float32]) -> str:
+        """A fixed value, in the graph's precision."""
+        return self._constant(array)
+
     def _constant(self, array: NDArray[Any]) -> str:
         name = self._name()
         array = np.asarray(array)
@@ -252,6 +256,18 @@ class ConvGraph:
         )
         self._half = half
         return self._cast(made, "FLOAT16") if half else made
+
+    def group_norm(
+        self, x: str, groups: int, scale: NDArray[np.float32], shift: NDArray[np.float32], epsilon: float
+    ) -> str:
+        """Every group of channels to mean 0 and variance 1, then scale · x + shift per channel, both (C,).
+
+        Groups as the channels of an instance norm: opset 17 has no group norm.
+        """
+        rows = self._node("Reshape", [x, self._constant(np.array([0, groups, -1], dtype=np.int64))])
+        one = np.ones(groups, np.float32)
+        even = self.instance_norm(rows, one, np.zeros_like(one), epsilon)
+        return self.scaled(self._node("Reshape", [even, self._node("Shape", [x])]), scale, shift)
 
     def pad(self, x: str, padding: tuple[int, int, int, int], mode: str, value: float = 0.0) -> str:
         """Pad an image by (left, right, top, bottom) pixels; ``mode`` constant, reflect or edge."""

@@ -11,13 +11,14 @@ import hashlib
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 from gan.checkpoints import load_network, save_network
 from gan.cyclegan import DIRECTIONS, TWO_WAY_TASKS
 from gan.errors import UserError
 from gan.files import write_json
 from gan.folders import PairedSplits, Preprocess, Reading, load_drawn, load_pairs
+from gan.losses import AdversarialKind
 from gan.own_task import AGENTS, OwnTask
 from gan.own_two_way import AnyOwn, OwnTwoWay
 
@@ -165,6 +166,8 @@ def load_own_task(folder: Path) -> OwnTask:
         name, data, mark = str(about["name"]), Path(about["data"]), about["images"]
         multiples = {agent: int(about["multiples"][agent]) for agent in AGENTS}
         adversarial, notes = about["adversarial"], tuple(about["notes"])
+        if min(multiples.values()) < 1 or adversarial not in get_args(AdversarialKind):
+            raise ValueError(f"multiples {multiples}, adversarial {adversarial!r}")
         paired = bool(about.get("paired", True))  # tasks of older versions do not say
         back_file = folder / str(about.get("back", BACK))
     except (ValueError, TypeError, KeyError, AttributeError) as error:

@@ -140,12 +140,17 @@ def test_a_network_that_differs_leaves_nothing_behind(
         (["RUN", "--output", "nowhere/out"], "make it first"),
         (["RUN", "--tolerance", "0"], "--tolerance is 0.0"),
         (["FILE"], "name a folder of them with --images"),
+        (["FILE", "--source", "OTHER"], "--source is for runs"),
+        (["RUN", "--source", "nowhere"], "--source nowhere does not exist"),
+        (["RUN", "--quick", "--source", "FILE"], "holds no elastic weights of this generator"),
+        (["RUN", "--quick", "--source", "OTHER"], "is not what the run's generator was cut out of"),
     ],
 )
 def test_bad_input_is_one_sentence(
     run: RunFolder, capsys: pytest.CaptureFixture[str], arguments: list[str], sentence: str
 ) -> None:
-    places = {"RUN": str(run.path), "FILE": str(run.weights("generator"))}
+    other = load_task("edges2emoji_resnet").elastic_path
+    places = {"RUN": str(run.path), "FILE": str(run.weights("generator")), "OTHER": str(other)}
     before = sorted(run.path.iterdir())
     with pytest.raises(SystemExit) as stopped:
         call(*[places.get(argument, argument) for argument in arguments])

@@ -10,7 +10,8 @@ import torch
 
 from experiments import cli, measure
 from experiments.memory import STATUS, MemoryJob, peaks_mb
-from gan.checkpoints import save_network
+from experiments.runs import RunFolder
+from gan.checkpoints import load_network, save_network
 from gan.networks import Architecture, initialise
 from gan.stopwatch import Clocks
 
@@ -79,6 +80,26 @@ def test_an_architecture_is_measured_at_uniform_plans(tmp_path: Path) -> None:
     assert all(row["peak_mb"] is None for row in rows)
 
 
+def test_an_image_is_as_wide_as_the_recipe_says(weights: Path) -> None:
+    recipe = json.loads(weights.with_suffix(".json").read_text())
+    weights.with_suffix(".json").write_text(json.dumps({**recipe, "image_width": 32}))
+    _, image, _ = measure.subjects(measure.Options(weights))
+    assert image.shape == (1, 3, 16, 32)
+
+
+def test_a_dense_network_that_was_pruned_before_is_the_one_to_beat(
+    weights: Path, make_run: Callable[..., RunFolder]
+) -> None:
+    """The users' own network, not the one that it was once cut from."""
+    run, task = make_run(), SMALL.pruned((8, 12, 8, 8, 8, 8, 8))
+    save_network(run.weights("generator"), *load_network(weights)[:2], {"image_size": 16})
+    run.task.mkdir()
+    save_network(run.task / "generator.safetensors", task.build(), task, {})
+    (run.task / "task.json").write_text("{}")
+    networks, _, _ = measure.subjects(measure.Options(run.path))
+    assert networks["dense"].model.model[1].model[1].weight.shape == (12, 8, 4, 4)  # type: ignore[union-attr, index]
+
+
 def test_one_thread_is_compared_by_the_processors_clock() -> None:
     dense, pruned = [Clocks(10.0, 8.0)], [Clocks(5.0, 2.0)]
     assert measure.faster(dense, pruned, threads=1) == 4
@@ -110,6 +131,12 @@ def test_memory_grows_with_the_network(tmp_path: Path) -> None:
         (["unet_16", "--threads", "0"], "--threads is [0]"),
         (["unet_16", "--rounds", "0"], "--rounds is 0"),
         (["."], "no run folder"),
+        (
+            ["unet_16", "--size", "24", "--base-width", "8"],
+            "multiples of 16 pixels, and this would be 24 × 24",
+        ),
+        (["resnet_1blocks", "--size", "4", "--base-width", "8"], "does not run on an image of 4 × 4 pixels"),
+        (["unet_16", "--output", "table.csv"], "name a JSON file"),
     ],
 )
 def test_bad_input_is_one_sentence(arguments: list[str], sentence: str, refused: Callable[..., None]) -> None:

@@ -137,6 +137,21 @@ def test_make_task_says_what_it_found_and_other_programs_take_it(work, capsys, m
     assert "12 test images of shapes" in capsys.readouterr().out
 
 
+def test_an_interrupted_make_task_leaves_nothing_behind(work, monkeypatch):
+    """Half a task folder would be in the way of the next attempt."""
+    monkeypatch.chdir(work)
+    before = sorted(work.rglob("*"))
+
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("gan.task_folder.write_json", interrupted)
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(make_task.main, make_task.Options, "", (), [*OWN, "--output", "another"])
+    assert stopped.value.code == 130
+    assert sorted(work.rglob("*")) == before
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [

@@ -155,14 +155,20 @@ def test_the_elastic_weights_of_the_run_are_those_of_its_task(work: Path) -> Non
     assert set(task.shipped_elastic()) == set(FOUR_AGENTS)
 
 
-@pytest.mark.parametrize(("program", "arguments"), [(finetune, ["--epochs", "1"]), (credit, [])])
-def test_programs_for_one_pair_name_the_directions(
-    work: Path, capsys: pytest.CaptureFixture[str], program: Any, arguments: list[str]
+@pytest.mark.parametrize(
+    ("program", "arguments", "sentence"),
+    [
+        (finetune, ["--epochs", "1"], "finetunes one pair; both are finetuned for longer by a run"),
+        (credit, [], "takes one pair: name a direction, run/task/A or run/task/B"),
+    ],
+)
+def test_programs_for_one_pair_say_what_to_do(
+    work: Path, capsys: pytest.CaptureFixture[str], program: Any, arguments: list[str], sentence: str
 ) -> None:
     with pytest.raises(SystemExit) as stopped:
         call(program, "run", *arguments)
     assert stopped.value.code == 2
-    assert "takes one pair: name a direction, run/task/A or run/task/B" in capsys.readouterr().err
+    assert sentence in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

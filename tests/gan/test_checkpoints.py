@@ -141,6 +141,8 @@ def test_a_file_without_recipe_is_a_sentence(path):
         ('{"architecture": null}', "has no key 'architecture'"),
         ('{"architecture": {"base_width": 4}}', "needs the key 'name'"),
         ('{"architecture": {"name": "pixel", "ngf": 4}}', r"unknown architecture keys \['ngf'\]"),
+        ('{"architecture": {"name": "pixel", "base_width": "4"}}', "'base_width' is '4'; it must be of int"),
+        ('{"architecture": {"name": "pixel", "widths": [4, null]}}', r"'widths' is \(4, None\); it must be"),
         ('{"architecture": {"name": "pixle"}}', "unknown architecture 'pixle'; .* did you mean 'pixel'"),
     ],
 )
@@ -213,3 +215,11 @@ def test_the_hash_of_a_network_sees_its_statistics(network):
     before = state_hash(network)
     network.net[3].running_mean[0] += 1e-4
     assert state_hash(network) != before
+
+
+@pytest.mark.parametrize("ending", [".pth", ".onnx"])
+def test_weights_of_another_kind_are_not_called_damaged(tmp_path, ending):
+    path = tmp_path / f"latest_net_G{ending}"
+    torch.save({"a": torch.zeros(1)}, path)
+    with pytest.raises(UserError, match=r"is no \.safetensors file; checkpoints of .* by make_task\.py"):
+        load_network(path)

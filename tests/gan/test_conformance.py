@@ -131,6 +131,53 @@ def test_a_cost_that_is_not_the_networks_is_found():
     assert "MACs in closed form are those counted" in [f.name for f in found.findings if f.passed is False]
 
 
+class Tied(nn.Module):
+    """Two convolutions with one kernel: a slice gives each its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.one, self.two = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)
+        self.two.weight = self.one.weight
+        self.image = nn.Conv2d(8, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.image(torch.relu(self.two(torch.relu(self.one(torch.relu(self.first(x)))))))
+
+
+def test_shared_weights_are_found():
+    """Cutting would cost them: 139 parameters become 203 before anything is pruned."""
+    findings = {finding.name: finding for finding in check_network(Tied(), [IMAGE]).findings}
+    found = findings["parameters in closed form are those counted"]
+    assert found.passed is False
+    assert found.detail == "139 counted, 203 in closed form (shared weights?)"
+
+
+class SelfAttention(nn.Module):
+    """Places that look at each other, as in SAGAN, between convolutions of their own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.enter, self.free, self.trunk = nn.Conv2d(3, 6, 1), nn.Conv2d(6, 10, 1), nn.Conv2d(10, 8, 1)
+        self.query, self.key, self.value = nn.Conv2d(8, 2, 1), nn.Conv2d(8, 2, 1), nn.Conv2d(8, 5, 1)
+        self.back, self.late, self.image = nn.Conv2d(5, 8, 1), nn.Conv2d(8, 7, 1), nn.Conv2d(7, 3, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.trunk(torch.relu(self.free(torch.relu(self.enter(x)))))
+        query, key, value = (layer(x).flatten(2) for layer in (self.query, self.key, self.value))
+        places = torch.softmax(query.transpose(1, 2) @ key, dim=-1)
+        seen = (value @ places.transpose(1, 2)).unflatten(2, x.shape[2:])
+        return self.image(torch.relu(self.late(x + self.back(seen))))
+
+
+def test_attention_is_left_alone_and_the_rest_is_cut():
+    """torch_pruning alone follows every channel to every place: it took minutes for 8 × 8 pixels."""
+    found = check_network(SelfAttention(), [IMAGE[..., :16, :16]])
+    assert [group.name for group in found.groups] == ["enter", "free", "trunk", "late"]
+    assert {group.name for group in found.frozen} == {"query", "key", "value", "image"}
+    assert all("attention product" in group.reason for group in found.frozen if group.name != "image")
+    assert found.passed
+
+
 def test_a_wrong_slot_is_found(monkeypatch):
     """A tracer that forgets a reader: cutting that group alone breaks the network."""
     inputs = CASES["critic"][1]

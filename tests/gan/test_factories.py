@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from gan.checkpoints import load_network, recipe_path, save_network
+from gan.checkpoints import load_network, recipe_path, save_network, save_tensors
 from gan.errors import UserError
 from gan.factories import example_inputs, load_factory, make_network, parse_shape
 from gan.networks import Architecture
@@ -27,6 +27,14 @@ def says_network() -> nn.Module:
     return nn.Conv2d(3, 3, 1)
 
 
+def lost_its_weights() -> nn.Module:
+    raise FileNotFoundError("no weights.pth here")
+
+
+def lazy() -> nn.Module:
+    return nn.Sequential(nn.LazyConv2d(8, 3), nn.Conv2d(8, 3, 3))
+
+
 @pytest.mark.parametrize(
     ("name", "sentence"),
     [
@@ -36,11 +44,34 @@ def says_network() -> nn.Module:
         ("os:abort", "does not say that it makes a network"),
         (f"{__name__}:says_nothing", r"write def says_nothing\(\) -> nn.Module"),
         ("torch.nn:Conv2d", "must be callable without arguments"),
+        (
+            f"{__name__}:lost_its_weights",
+            r"builds no network \(FileNotFoundError: no weights.pth here, in test_factories.py, line \d+\)",
+        ),
+        (f"{__name__}:lazy", r"'0.weight' has no shape yet; name the channels of lazy layers"),
     ],
 )
 def test_a_wrong_factory_is_one_sentence(name, sentence):
     with pytest.raises(UserError, match=sentence):
         make_network(name)
+
+
+@pytest.mark.parametrize(
+    ("code", "sentence"),
+    [
+        ("def make(:\n", r"SyntaxError: .*, in broken_\w+.py, line 1"),
+        ("\n1 / 0\n", r"ZeroDivisionError: .*, in broken_\w+.py, line 2"),
+    ],
+    ids=["syntax", "import"],
+)
+def test_a_module_that_does_not_run_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest, code: str, sentence: str
+) -> None:
+    name = f"broken_{request.node.callspec.id}"
+    (tmp_path / f"{name}.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=sentence):
+        make_network(f"{name}:make")
 
 
 def test_a_factory_is_a_class_or_a_function_that_says_so():
@@ -81,6 +112,24 @@ def test_weights_of_another_network_are_refused(tmp_path: Path):
     torch.save(nn.Conv2d(3, 3, 1).state_dict(), tmp_path / "g.pth")
     with pytest.raises(UserError, match=r"do not fit the network of tests\.gan\.foreign:Separable"):
         load_foreign(NAME, tmp_path / "g.pth", "generator", 32)
+
+
+def test_weights_that_are_no_numbers_are_refused(tmp_path: Path):
+    dense = randomise(SeparableResnet())
+    next(dense.parameters()).data[0] = float("nan")
+    save_tensors(tmp_path / "g.safetensors", dense.state_dict())
+    with pytest.raises(UserError, match=r"g\.safetensors holds values in .* that are no finite numbers"):
+        load_foreign(NAME, tmp_path / "g.safetensors", "generator", 32)
+
+
+class ImageInADict(SeparableResnet):
+    def forward(self, x: torch.Tensor) -> dict[str, torch.Tensor]:  # type: ignore[override]
+        return {"image": super().forward(x)}
+
+
+def test_a_generator_hands_back_one_image():
+    with pytest.raises(UserError, match=r"makes a dict of \[\(1, 3, 32, 32\)\] .* must make one image"):
+        load_foreign(f"{__name__}:ImageInADict", None, "generator", 32)
 
 
 def test_a_generator_with_labels_is_no_task():

@@ -195,6 +195,24 @@ def test_kinds_of_files(tmp_path):
         open_image(tmp_path / "text.png")
 
 
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_levels_without_a_range_are_refused(tmp_path, kind):
+    """Pillow would make them all white, or all black."""
+    Image.fromarray(np.full((2, 3), 7, kind)).save(tmp_path / "deep.tif")
+    with pytest.raises(
+        UserError, match=r"deep\.tif cannot be read .*nothing says what is white.* save it again"
+    ):
+        open_image(tmp_path / "deep.tif")
+
+
+def test_two_files_of_one_name_are_refused(aligned):
+    save(picture(0), aligned / "train" / "003.jpg")
+    with pytest.raises(
+        UserError, match=r"train has 003\.jpg and 003\.png, which differ in their endings alone"
+    ):
+        load_pairs(aligned, SMALL)
+
+
 def test_odd_images_are_named(aligned):
     (aligned / "train" / "broken.jpg").write_bytes(b"\xff\xd8\xff")
     save(picture(0, (9, 8)), aligned / "train" / "odd.png")
@@ -227,6 +245,10 @@ def test_layouts_that_are_none(tmp_path, aligned, unaligned):
     for load in (load_pairs, load_unpaired):
         with pytest.raises(UserError, match="has trainB but no trainA; both domains are needed"):
             load(tmp_path / "one", SMALL)
+    save(picture(0), tmp_path / "one" / "trainB" / "0.png")
+    (tmp_path / "one" / "trainA").mkdir()
+    with pytest.raises(UserError, match=r"trainA has no images, but trainB has 1; both domains are needed"):
+        load_pairs(tmp_path / "one", SMALL)
     with pytest.raises(UserError, match="holds pairs; unpaired work needs"):
         load_unpaired(aligned, SMALL)
     (unaligned / "train").mkdir()
@@ -248,6 +270,11 @@ def test_too_few_and_too_many(tmp_path, aligned):
     for n in range(12):
         save(side_by_side(picture(n), picture(n)), tmp_path / "few" / "train" / f"{n}.png")
     with pytest.raises(UserError, match=r"\(train\) has 6 usable images; at least 9 are needed"):
+        load_pairs(tmp_path / "few", SMALL)
+    for n in range(12, 30):
+        save(side_by_side(picture(n), picture(n)), tmp_path / "few" / "train" / f"{n}.png")
+    load_pairs.cache_clear()
+    with pytest.raises(UserError, match=r"\(test, taken from another split\) has 6 usable images"):
         load_pairs(tmp_path / "few", SMALL)
     tiny = Reading(preprocess=SMALL.preprocess, memory_gb=2e-5)
     with pytest.raises(UserError, match=r"take 0\.0 GB of memory, more than --memory-gb 2e-05; use fewer"):

@@ -80,9 +80,21 @@ def test_the_repositorys_program_runs_with_it_and_without_this_project(tmp_path:
         (tmp_path / name).write_text(text)
     program = (
         "import runpy, sys\n"
-        "sys.modules['gan'] = None\n"  # an import of it would raise
+        "sys.modules['gan'] = sys.modules['safetensors'] = None\n"  # an import of them would raise
         "sys.argv = ['pruned.py', 'test.py', 'images.pt']\n"
         "runpy.run_path('pruned.py', run_name='__main__')\n"
+    )
+    python(tmp_path, "-c", program)
+    assert torch.equal(torch.load(tmp_path / "made.pt"), outputs)
+
+
+def test_torch_alone_is_enough_for_the_checkpoint(tmp_path: Path) -> None:
+    _, outputs = export(tmp_path, RESNET)
+    program = (
+        "import sys, torch\n"
+        "sys.modules['gan'] = sys.modules['safetensors'] = None\n"
+        "from pruned import load\n"
+        "torch.save(load('latest_net_G.pth')(torch.load('images.pt')).detach(), 'made.pt')\n"
     )
     python(tmp_path, "-c", program)
     assert torch.equal(torch.load(tmp_path / "made.pt"), outputs)

@@ -148,8 +148,27 @@ def test_other_contents_are_sentences(tmp_path):
         read_state(tmp_path / "none.pth")
     with pytest.raises(UserError, match="holds a list; it must be a state dict"):
         read_state(write(tmp_path / "a.pth", [torch.zeros(1)]))
+    with pytest.raises(UserError, match="holds no tensors; it must be a network's state dict"):
+        read_state(write(tmp_path / "c.pth", {}))
     with pytest.raises(UserError, match=r"'epoch' is no tensor"):
         read_state(write(tmp_path / "b.pth", {"epoch": 3, "state": {}}))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_of_a_training_that_went_astray_are_refused(tmp_path, value):
+    """Nothing else would notice: they are searched, finetuned and exported for an hour."""
+    state = layout.patch(3, 2)
+    state["model.5.weight"][0, 0, 0, 0] = value
+    with pytest.raises(UserError, match=r"values in 'model\.5\.weight' that are no finite numbers"):
+        load_official(write(tmp_path / "d.pth", state))
+
+
+@pytest.mark.parametrize("make", [lambda x: x.to("meta"), Tensor.cfloat], ids=["meta", "complex"])
+def test_tensors_that_no_network_takes_are_refused(tmp_path, make):
+    state = layout.patch(3, 2)
+    state["model.5.weight"] = make(state["model.5.weight"])
+    with pytest.raises(UserError, match=r"'model\.5\.weight' in a form that no network takes"):
+        load_official(write(tmp_path / "d.pth", state))
 
 
 def test_unknown_networks_are_named():
@@ -158,6 +177,9 @@ def test_unknown_networks_are_named():
     zeros = {"model.10.conv_block.0.weight": torch.zeros(4, 4, 3, 3)}
     with pytest.raises(UserError, match="pad with zeros"):
         infer_architecture(zeros)
+    for stray in ("a.conv_block.b", "model.x.conv_block.1.weight", "net.conv_block.conv_block.0"):
+        with pytest.raises(UserError, match="no network that is known here"):
+            infer_architecture({stray: torch.zeros(4, 4, 3, 3)})
     with pytest.raises(UserError, match=r"'model\.1' is missing"):
         infer_architecture({"model.10.conv_block.1.weight": torch.zeros(4, 4, 3, 3)})
 
@@ -170,6 +192,9 @@ def test_what_does_not_fit_is_named(tmp_path):
     state = layout.resnet(6, 2) | {"model.99.filt": torch.zeros(2)}
     with pytest.raises(UserError, match=r"'model\.99\.filt' has no place in it"):
         load_official(write(tmp_path / "g.pth", state))
+    state = layout.patch(3, 2) | {"model.0.weight": torch.zeros(0, 6, 4, 4)}
+    with pytest.raises(UserError, match=r"d\.pth looks like basic, but a layer of it has no channels"):
+        load_official(write(tmp_path / "d.pth", state))
     state = layout.patch(3, 2)
     state["model.5.weight"] = torch.zeros(8, 5, 4, 4)
     with pytest.raises(UserError, match=r"'model\.5\.weight' is \(8, 5, 4, 4\) instead of \(8, 4, 4, 4\)"):

@@ -97,6 +97,54 @@ def test_networks_of_other_hands() -> None:
     assert difference(randomise(Gated()), images()) < 1e-4
 
 
+class Grouped(nn.Module):
+    """Group norms of every number of groups, slopes, and a scale of the network's own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Conv2d(c, 8, 3, padding=1) for c in (3, 8, 8))
+        self.norms = nn.ModuleList(nn.GroupNorm(groups, 8) for groups in (1, 2, 8))
+        self.slopes = nn.ModuleList((nn.PReLU(), nn.PReLU(8), nn.PReLU()))
+        self.scale = nn.Parameter(torch.linspace(0.5, 2, 8).reshape(1, 8, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer, norm, slope in zip(self.layers, self.norms, self.slopes, strict=True):
+            x = slope(norm(layer(x))) * self.scale
+        return x
+
+
+@pytest.mark.parametrize(("half", "allowed"), [(False, 1e-4), (True, 0.05)])
+def test_group_norms_slopes_and_scales(half: bool, allowed: float) -> None:
+    network = Grouped()
+    with torch.no_grad():
+        for norm in network.norms:
+            norm.weight.uniform_(0.5, 2)  # type: ignore[operator, union-attr]
+            norm.bias.normal_()  # type: ignore[operator, union-attr]
+    assert difference(network, images(), half=half) < allowed
+
+
+@pytest.mark.parametrize(
+    ("layer", "sentence"),
+    [
+        (nn.MaxPool2d(3, 2, ceil_mode=True), "MaxPool2d with ceil_mode=True is not known"),
+        (nn.MaxPool2d(2, 1, dilation=2), "MaxPool2d with dilation=2 is not known"),
+        (nn.AvgPool2d(3, 1, 1, count_include_pad=False), "AvgPool2d with count_include_pad=False"),
+    ],
+)
+def test_settings_that_cannot_be_written_are_named(layer: nn.Module, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        write_onnx(layer, images(1))
+
+
+def test_arguments_that_cannot_be_written_are_named() -> None:
+    class Weighted(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.add(x, x, alpha=2)
+
+    with pytest.raises(UserError, match=r"add cannot be written as it is called \(.*'alpha'"):
+        write_onnx(Weighted(), images(1))
+
+
 def test_a_single_layer_is_a_network_too() -> None:
     assert difference(randomise(nn.Conv2d(3, 4, 3)), images()) < 1e-4
 

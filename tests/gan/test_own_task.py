@@ -217,7 +217,16 @@ def test_other_images_than_those_of_the_task_are_refused(options, tmp_path):
         load_own_task(folder)
 
 
-@pytest.mark.parametrize("change", [{"reading": None}, {"multiples": {}}, {"name": None, "data": 3}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"reading": None},
+        {"multiples": {}},
+        {"multiples": {"generator": 0, "discriminator": 1}},
+        {"adversarial": "wgan"},
+        {"name": None, "data": 3},
+    ],
+)
 def test_a_damaged_task_is_a_sentence(options, tmp_path, change):
     folder = save_own_task(tmp_path / "task", make_own_task(options))
     about = json.loads((folder / "task.json").read_text())
@@ -323,6 +332,7 @@ def test_another_image_of_the_target_domain_is_noticed(cycle, images_for_all, tm
         ({"back": None}, r"unpaired work needs the generator of the way back: --back"),
         ({"back": Path("nowhere.pth")}, r"nowhere\.pth does not exist"),
         ({"back": "discriminator"}, "--back holds the discriminator 'n_layers'"),
+        ({"back": "generator"}, "--generator and --back hold the same weights; name those of the other"),
     ],
 )
 def test_ways_back_that_are_none(cycle, images_for_all, changes, sentence):
