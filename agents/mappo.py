@@ -52,8 +52,8 @@ class MappoOptions:
     """Options of :class:`Mappo`, found on the toy problem and larger analytic ones.
 
     Attributes:
-        critic: ``shared``: one for all, which sees the team's state and whose turn it is (MAPPO); ``own``: one
-            per network kind, which sees only what its actor sees (IPPO), for comparison.
+        critic: ``shared``: one for all, which sees the team's state and whose turn it is (MAPPO); ``own``:
+            one per network kind, which sees only what its actor sees (IPPO), for comparison.
         episodes: episodes per rollout, ≥ 1. SB3's default of 2,048 steps would never update in a short run.
         learning_rate: of Adam.
         epochs: passes over a rollout.
@@ -213,9 +213,9 @@ class TeamPolicy(ActorCriticPolicy):
 class Mappo:
     """Multi-agent PPO (Yu et al. 2022, arXiv:2103.01955): cooperative actors and one centralised critic.
 
-    Every agent is a slot of the vectorised environment, so SB3's ratios are per agent, while the reward is the
-    team's. γ = 1: a return is the final plan's gain over uniform, whose unit is fit to learn from (typical
-    difference of random plans).
+    Every agent is a slot of the vectorised environment, so SB3's ratios are per agent, while the reward is
+    the team's. γ = 1: a return is the final plan's gain over uniform, whose unit is fit to learn from
+    (typical difference of random plans).
 
     Args:
         seed: of weights, actions and budgets drawn.
