@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from agents.registry import WITHOUT_OBSERVATIONS, WITHOUT_STEPS
+from agents.registry import RULES, WITHOUT_OBSERVATIONS, WITHOUT_STEPS
 from envs.pruning_env import PruningEnv, Reward
 from envs.rewards import Weights
 from experiments.build import (
@@ -26,7 +26,7 @@ from experiments.build import (
 )
 from experiments.credit import share_credit, write_credit
 from experiments.runs import RunFolder, describe_run, plain
-from experiments.searching import Problem, find, judging, learn, write_plans
+from experiments.searching import Incumbent, Problem, find, judging, learn, write_plans
 from experiments.trials import Discriminator, Settings
 from gan.cost import DEFAULT_COST, CostKind
 from gan.elastic import ElasticOptions
@@ -381,6 +381,8 @@ class Searcher:
         # what is read from the log took its time before an interruption
         seconds = log.search_seconds + time.perf_counter() - started
         found = find(env, agent)
+        if run.algo in RULES:
+            incumbents = [Incumbent(env.scorer.evaluations, found["best"])]
         write_plans(folder, found)
         yardstick = self.yardstick(run, env)
         judged = [yardstick.evaluate(one.evaluation.plan, counted=False) for one in incumbents]

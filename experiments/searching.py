@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from agents.base import Agent, FreeScorer
+from agents.registry import RULES
 from envs.budget import Budget, budget_ends
 from envs.pruning_env import PruningEnv, Reward
 from envs.records import Episode, Evaluation
@@ -185,10 +186,11 @@ def find(env: PruningEnv, agent: Agent) -> dict[str, Evaluation]:
     """``best``: the best plan that was scored; ``proposed``: what the agents propose; ``uniform``.
 
     Where the budget was a range, plans of different budgets do not compare: the agents' plan at the
-    lowest budget is taken.
+    lowest budget is taken. A rule has one plan, which is what was asked for, however it scores: else where it
+    is worse than uniform, uniform would be finetuned under its name.
     """
     proposed = propose(env, agent)
-    best = proposed if env.best is None else env.best
+    best = proposed if env.best is None or agent.name in RULES else env.best
     uniform = env.evaluate(env.uniform_plan(best.budgets), best.budgets, counted=False)
     return {"best": best, "proposed": proposed, "uniform": uniform}
 

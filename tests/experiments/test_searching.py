@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -50,6 +51,20 @@ def test_a_search_keeps_every_best_plan(tmp_path: Path) -> None:
     assert list(plans) == ["best", "proposed", "uniform"]
     assert plans["best"]["potential"] == potentials[-1]
     assert plans["uniform"]["potential"] == 0.0
+
+
+@pytest.mark.parametrize(("name", "own"), [("magnitude", True), ("random", False)])
+def test_a_rule_stands_for_its_own_plan_however_it_scores(name: str, own: bool, tmp_path: Path) -> None:
+    env = PROBLEM.env(toy_scorer(), RunFolder(tmp_path))
+    env.prepare()
+    learn(env, build_agent("random", 3), RunFolder(tmp_path))
+    poor = env.evaluate(env.uniform_plan(), counted=False)
+    assert env.best is not None
+    assert poor.potential < env.best.potential
+    stand_in = SimpleNamespace(name=name, propose=lambda *_: poor.plan)
+    found = find(env, stand_in)  # type: ignore[arg-type]
+    assert found["proposed"].plan == poor.plan
+    assert found["best"].plan == (poor.plan if own else env.best.plan)
 
 
 def test_judging_is_free_and_by_the_weights_given(tmp_path: Path) -> None:

@@ -77,12 +77,14 @@ def test_training_is_repeatable_and_the_seed_matters() -> None:
     assert not set(hashes(first)) & set(hashes(other))
 
 
-def test_a_resumed_training_equals_an_uninterrupted_one() -> None:
-    """Bit for bit: order, augmentation, jitter and the pools go on where they were."""
+@pytest.mark.parametrize("features", [0.0, 1.0])
+def test_a_resumed_training_equals_an_uninterrupted_one(features: float) -> None:
+    """Bit for bit: order, augmentation, jitter, the pools and what sees features go on where they were."""
     states: list[dict[str, Any]] = []
-    whole = trainer()
+    options = replace(OPTIONS, features=features)
+    whole = trainer(options)
     wanted = whole.fit(images(), lambda _: states.append(saved(whole.state_dict())))
-    resumed = trainer()
+    resumed = trainer(options)
     resumed.load_state_dict(states[0])
     told: list[TrainingProgress] = []
     result = resumed.fit(images(), told.append)
@@ -129,6 +131,19 @@ def test_without_identity_and_teachers_their_losses_are_left_out() -> None:
     trainer(replace(OPTIONS, epochs=1, identity=0.0)).fit(images(), told.append)
     kinds = {name.split()[0] for name in told[0].losses}
     assert kinds == {"cycle", "adversarial", "discriminator"}
+
+
+def test_critics_of_features_have_their_say() -> None:
+    """Their loss is told, it changes what is learnt, and they are no part of what is handed out."""
+    told: list[TrainingProgress] = []
+    plain, seen = (trainer(replace(OPTIONS, epochs=1, features=weight)) for weight in (0.0, 1.0))
+    plain.fit(images())
+    result = seen.fit(images(), told.append)
+    assert {"features A", "features B"} <= set(told[0].losses)
+    assert not set(hashes(plain)) & set(hashes(seen))
+    for generator, discriminator in seen.pairs(result).values():
+        assert generator.state_dict().keys() == tiny_generator(0).state_dict().keys()
+        assert discriminator.state_dict().keys() == critic(0).state_dict().keys()
 
 
 def test_smoothness_keeps_grain_out_of_what_is_changed() -> None:
