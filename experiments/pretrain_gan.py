@@ -53,7 +53,8 @@ EXAMPLES = (
         "remake the ResNet's pair, which has the losses of Pix2Pix alone",
     ),
     (
-        "python experiments/pretrain_gan.py --task noto2twemoji --cycle.amp --minutes 150",
+        "python experiments/pretrain_gan.py --task noto2twemoji --cycle.amp --minutes 45 --cycle.cycle 3"
+        " --cycle.smoothness 1 --cycle.gradient-penalty 0.15 --cycle.features 1",
         "remake both directions of the unpaired task",
     ),
 )

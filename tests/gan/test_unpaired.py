@@ -278,3 +278,30 @@ def test_missing_elastic_weights_are_named_with_the_command_that_makes_them(asse
 def test_a_pair_is_asked_of_four_networks() -> None:
     with pytest.raises(UserError, match="takes one pair: name a direction, noto2twemoji or twemoji2noto"):
         load_task("noto_and_twemoji")
+
+
+@pytest.mark.parametrize("name", ["noto2twemoji", "twemoji2noto"])
+def test_the_shipped_translators_come_nearer_to_the_true_counterparts(name: str) -> None:
+    """On drawings that no training has seen, nearer than the input is."""
+    task = load_task(name)
+    truth = embedded_pairs("noto2twemoji", "val").take(64)
+    inputs, targets = (truth if name == "noto2twemoji" else truth.swapped()).tensors()
+    made = run_batched(task.networks["generator"], inputs)
+    assert float((made - targets).abs().mean()) < 0.99 * float((inputs - targets).abs().mean())
+    assert task.cycle_weights["smoothness"] > 0  # finetuning goes on with the losses of its training
+
+
+@pytest.mark.parametrize("name", ["noto2twemoji", "twemoji2noto"])
+def test_the_shipped_elastic_weights_fit_the_shipped_translators(name: str) -> None:
+    """Cut to a third of every width they still make about the dense pictures; raw dense weights make noise."""
+    task = load_task(name)
+    inputs = task.val.take(32).tensors()[0]
+    dense = run_batched(task.networks["generator"], inputs)
+    distances = {}
+    for start in ("elastic", "dense"):
+        weights = task.elastic_weights(start)["generator"]
+        widths = [width // 3 for width in weights.slicer.dense_widths]  # multiples of 4, as in plans
+        made = run_batched(weights.network(widths), inputs)
+        distances[start] = float((made - dense).abs().mean())
+    assert distances["elastic"] < 0.1
+    assert distances["elastic"] < 0.2 * distances["dense"]
