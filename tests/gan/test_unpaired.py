@@ -293,7 +293,7 @@ def test_the_shipped_translators_come_nearer_to_the_true_counterparts(name: str)
 
 @pytest.mark.parametrize("name", ["noto2twemoji", "twemoji2noto"])
 def test_the_shipped_elastic_weights_fit_the_shipped_translators(name: str) -> None:
-    """Cut to a third of every width they still make about the dense pictures; raw dense weights make noise."""
+    """Cut to a third of every width they make about the dense pictures; raw dense weights make noise."""
     task = load_task(name)
     inputs = task.val.take(32).tensors()[0]
     dense = run_batched(task.networks["generator"], inputs)
