@@ -128,7 +128,7 @@ STATE_FIELDS: tuple[Field, ...] = (
         )
     ),
 )
-"""The state: what the centralised critic sees."""
+"""The state: what a centralised critic sees beside the agent's own vector."""
 
 
 def build_space(*groups: Sequence[Field]) -> spaces.Box:
