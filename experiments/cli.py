@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -72,16 +74,33 @@ def _flags(options: Any, usual: Any, path: str = "") -> Iterator[str]:
             yield from [flag(name)] if value is True else [flag(name), str(value)]
 
 
-def check_new_file(path: Path) -> None:
-    """Refuse an ``--output`` file that exists or has no folder, before any work is done.
+def check_new_file(path: Path, kind: str = "file") -> None:
+    """Refuse an ``--output`` file, or folder, that exists or has no folder, before any work is done.
 
     Raises:
         UserError: with what to do.
     """
     if path.exists():
-        raise UserError(f"--output {path} exists; name a new file")
+        raise UserError(f"--output {path} exists; name a new {kind}")
     if not path.parent.is_dir():
         raise UserError(f"the folder {path.parent} of --output does not exist; make it first")
+
+
+@contextmanager
+def new_folder(path: Path) -> Iterator[Path]:
+    """A folder that appears under its name when all is written, and not at all otherwise.
+
+    Raises:
+        UserError: it exists, or its parent does not.
+    """
+    check_new_file(path, "folder")
+    beside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
+    try:
+        yield beside
+        beside.chmod(0o755)  # mkdtemp makes private ones
+        beside.rename(path)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
 
 
 @contextmanager

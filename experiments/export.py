@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -176,26 +174,6 @@ def find_start(subject: Subject, path: Path, extra: Path | None) -> dict[str, An
     return None
 
 
-@contextmanager
-def new_folder(path: Path) -> Iterator[Path]:
-    """A folder that appears under its name when all is written, and not at all otherwise.
-
-    Raises:
-        UserError: it exists, or its parent does not.
-    """
-    if path.exists():
-        raise UserError(f"--output {path} exists; name a new folder")
-    if not path.parent.is_dir():
-        raise UserError(f"the folder {path.parent} of --output does not exist; make it first")
-    beside = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}."))
-    try:
-        yield beside
-        beside.chmod(0o755)  # mkdtemp makes private ones
-        beside.rename(path)
-    finally:
-        shutil.rmtree(beside, ignore_errors=True)
-
-
 def quality(
     subject: Subject, discriminator: nn.Module, written: Mapping[str, Path]
 ) -> tuple[dict[str, dict[str, float]], int]:
@@ -232,7 +210,7 @@ def main(options: Options) -> None:
         else subject.weights.with_name(f"{subject.weights.stem}_export")
     )
     console = Console()
-    with new_folder(output) as folder:
+    with cli.new_folder(output) as folder:
         weights = folder / f"{name}.safetensors"
         shutil.copyfile(subject.weights, weights)
         start = find_start(subject, weights, options.source)

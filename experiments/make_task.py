@@ -10,7 +10,6 @@ from tyro.conf import OmitArgPrefixes
 
 from experiments import cli
 from experiments.build import pick_device
-from experiments.export import new_folder
 from gan.errors import UserError
 from gan.own_task import OwnOptions
 from gan.own_two_way import make_own
@@ -56,7 +55,7 @@ def main(options: Options) -> None:
     for agent, groups in by_agent({way: one.groups for way, one in task.ways.items()}).items():
         print(f"{agent}: {len(groups)} channel groups, widths are multiples of {multiples[agent]}")
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    with new_folder(options.output) as folder:
+    with cli.new_folder(options.output) as folder:
         save_own(folder, own)
     print(f"{options.output}: use it with --task {options.output}")
     if both := find_both(str(options.output)):

@@ -244,9 +244,9 @@ def _group_norm(graph: ConvGraph, norm: nn.GroupNorm, x: str) -> str:
 
 def _prelu(graph: ConvGraph, layer: nn.PReLU, x: str) -> str:
     """One slope, or one per channel."""
-    positive, negative = graph.pointwise("Relu", x), graph.combine("Sub", x, graph.pointwise("Relu", x))
+    positive = graph.pointwise("Relu", x)
     slopes = graph.constant(_array(layer.weight)[:, None, None])
-    return graph.add(positive, graph.combine("Mul", negative, slopes))
+    return graph.add(positive, graph.combine("Mul", graph.combine("Sub", x, positive), slopes))
 
 
 def _pool(kind: str) -> Callable[[ConvGraph, Any, str], str]:

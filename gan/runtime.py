@@ -155,11 +155,8 @@ class ConvGraph:
         self._count += 1
         return f"value_{self._count}"
 
-    def constant(self, array: NDArray[np.float32]) -> str:
+    def constant(self, array: NDArray[Any]) -> str:
         """A fixed value, in the graph's precision."""
-        return self._constant(array)
-
-    def _constant(self, array: NDArray[Any]) -> str:
         name = self._name()
         array = np.asarray(array)
         if self._half and array.dtype == np.float32:
@@ -187,7 +184,7 @@ class ConvGraph:
         left, right, top, bottom = padding
         return self._node(
             "Conv",
-            [x, self._constant(weight), self._constant(bias)],
+            [x, self.constant(weight), self.constant(bias)],
             strides=list(stride),
             pads=[top, left, bottom, right],
             group=groups,
@@ -209,7 +206,7 @@ class ConvGraph:
         """2-d transposed convolution; ``weight`` (in, out / groups, kH, kW), paddings (height, width)."""
         return self._node(
             "ConvTranspose",
-            [x, self._constant(weight), self._constant(bias)],
+            [x, self.constant(weight), self.constant(bias)],
             strides=list(stride),
             pads=[*padding, *padding],
             output_padding=list(output_padding),
@@ -221,7 +218,7 @@ class ConvGraph:
     def relu6(self, x: str) -> str:
         """min(max(x, 0), 6)."""
         if self._bounds is None:
-            self._bounds = self._constant(np.float32(0)), self._constant(np.float32(6))  # type: ignore[arg-type]
+            self._bounds = self.constant(np.float32(0)), self.constant(np.float32(6))  # type: ignore[arg-type]
         return self._node("Clip", [x, *self._bounds])
 
     def pointwise(self, kind: str, x: str, **attributes: Any) -> str:
@@ -234,13 +231,13 @@ class ConvGraph:
 
     def combine(self, kind: str, x: str | float, y: str | float) -> str:
         """``Add``, ``Sub``, ``Mul`` or ``Div`` of two values, one of which may be a plain number."""
-        names = [v if isinstance(v, str) else self._constant(np.float32(v)) for v in (x, y)]  # type: ignore[arg-type]
+        names = [v if isinstance(v, str) else self.constant(np.float32(v)) for v in (x, y)]  # type: ignore[arg-type]
         return self._node(kind, names)
 
     def scaled(self, x: str, scale: NDArray[np.float32], shift: NDArray[np.float32]) -> str:
         """scale · x + shift per channel, both (C,)."""
-        product = self._node("Mul", [x, self._constant(scale[:, None, None])])
-        return self._node("Add", [product, self._constant(shift[:, None, None])])
+        product = self._node("Mul", [x, self.constant(scale[:, None, None])])
+        return self._node("Add", [product, self.constant(shift[:, None, None])])
 
     def instance_norm(
         self, x: str, scale: NDArray[np.float32], shift: NDArray[np.float32], epsilon: float
@@ -252,7 +249,7 @@ class ConvGraph:
         half, self._half = self._half, False
         x = self._cast(x, "FLOAT") if half else x
         made = self._node(
-            "InstanceNormalization", [x, self._constant(scale), self._constant(shift)], epsilon=epsilon
+            "InstanceNormalization", [x, self.constant(scale), self.constant(shift)], epsilon=epsilon
         )
         self._half = half
         return self._cast(made, "FLOAT16") if half else made
@@ -264,7 +261,7 @@ class ConvGraph:
 
         Groups as the channels of an instance norm: opset 17 has no group norm.
         """
-        rows = self._node("Reshape", [x, self._constant(np.array([0, groups, -1], dtype=np.int64))])
+        rows = self._node("Reshape", [x, self.constant(np.array([0, groups, -1], dtype=np.int64))])
         one = np.ones(groups, np.float32)
         even = self.instance_norm(rows, one, np.zeros_like(one), epsilon)
         return self.scaled(self._node("Reshape", [even, self._node("Shape", [x])]), scale, shift)
@@ -272,8 +269,8 @@ class ConvGraph:
     def pad(self, x: str, padding: tuple[int, int, int, int], mode: str, value: float = 0.0) -> str:
         """Pad an image by (left, right, top, bottom) pixels; ``mode`` constant, reflect or edge."""
         left, right, top, bottom = padding
-        pads = self._constant(np.array([0, 0, top, left, 0, 0, bottom, right], dtype=np.int64))
-        return self._node("Pad", [x, pads, self._constant(np.array(value, dtype=np.float32))], mode=mode)
+        pads = self.constant(np.array([0, 0, top, left, 0, 0, bottom, right], dtype=np.int64))
+        return self._node("Pad", [x, pads, self.constant(np.array(value, dtype=np.float32))], mode=mode)
 
     def pool(self, x: str) -> str:
         """Global average: (N, C, H, W) → (N, C)."""
@@ -301,7 +298,7 @@ class ConvGraph:
         """
         scales = np.array([1.0, 1.0, *scale], dtype=np.float32)
         half, self._half = self._half, False  # factors are float32 by definition
-        name = self._constant(scales)
+        name = self.constant(scales)
         self._half = half
         coordinates = "asymmetric" if mode == "nearest" else "align_corners" if corners else "half_pixel"
         more = {"nearest_mode": "floor"} if mode == "nearest" else {}
