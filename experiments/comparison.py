@@ -156,6 +156,15 @@ class RunOptions:
             changed = replace(changed, weights=usual.weights, held=usual.held)
         return changed
 
+    @property
+    def twin(self) -> RunOptions | None:
+        """The variant whose search is this one's: it differs in what its result is finetuned beside alone."""
+        if self.discriminator == "pruned":
+            return None
+        same = {name: value for name, value in ABLATIONS[self.variant].items() if name != "discriminator"}
+        variant = next((name for name, changes in ABLATIONS.items() if changes == same), None)
+        return replace(self, variant=variant, discriminator="pruned") if variant else None
+
 
 class Place(NamedTuple):
     """What a scorer and its reference plans depend on.
@@ -368,7 +377,10 @@ class Searcher:
         folder, place = self.study.run(run), self.study.place(run)
         folder.path.mkdir(parents=True, exist_ok=True)
         scorer = self.scorer(place)
-        self._begin(folder.evaluations, place)
+        known = self.study.references(place)
+        if run.twin is not None and self.study.result(run.twin).is_file():
+            known = self.study.run(run.twin).evaluations
+        self._begin(folder.evaluations, known)
         describe_run(folder, run, device=self.study.device, threads=torch.get_num_threads())
         self._refer(folder, run, place)
         env = run.problem.env(scorer, folder)
@@ -416,17 +428,18 @@ class Searcher:
         if place == self.study.place(run):
             return judging(env, self.study.weights)
         path = self.study.run(run).path / "yardstick.jsonl"
-        self._begin(path, place)
+        self._begin(path, self.study.references(place))
         scorer = self.scorer(place)
         return judging(
             env, self.study.weights, CountedScorer(scorer, EvaluationLog(path, scorer.fingerprint))
         )
 
-    def _begin(self, log: Path, place: Place) -> None:
-        """A new log begins with the reference plans, so that no run has to score them again."""
+    @staticmethod
+    def _begin(log: Path, known: Path) -> None:
+        """A new log begins with what is known, so that no run has to score that again."""
         if not log.exists():
             beside = log.with_suffix(".new")
-            shutil.copyfile(self.study.references(place), beside)
+            shutil.copyfile(known, beside)
             beside.replace(log)
 
     def _refer(self, folder: RunFolder, run: RunOptions, place: Place) -> None:

@@ -126,6 +126,25 @@ def test_references_are_scored_once(study: Study) -> None:
     assert lines.startswith(study.references(place).read_text())
 
 
+def test_the_same_search_is_not_scored_twice(study: Study, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone, whole = RUN.varied("generator_only"), RUN.varied("whole_discriminator")
+    assert whole.twin == alone
+    assert alone.twin is RUN.twin is None
+    _, by_itself = search(study, whole)
+    study.result(whole).unlink()
+    study.run(whole).evaluations.unlink()
+    folder, usual = search(study, alone)
+    scored = []
+    score = ToyScorer.score
+    monkeypatch.setattr(ToyScorer, "score", lambda self, plan: scored.append(plan) or score(self, plan))
+    _, shared = search(study, whole)
+    searched = {plan.key for plan in scored}
+    assert not searched & set(EvaluationLog(folder.evaluations, toy_scorer().fingerprint).scores)
+    for result in (by_itself, usual, shared):
+        assert result.pop("seconds") >= 0
+    assert shared == by_itself == usual
+
+
 def test_an_interrupted_search_is_repeated_from_its_log(study: Study) -> None:
     folder, result = search(study, RUN)
     whole = folder.evaluations.read_text().splitlines(keepends=True)
