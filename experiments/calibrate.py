@@ -209,9 +209,11 @@ def main(options: Options) -> None:
     """Draw, score, finetune, report."""
     console = Console()
     options, folder = open_study(options)
+    if options.report:  # also while another process is at work there
+        report(options, folder, console)
+        return
     with cli.resumable("calibrate", folder.path, f"{folder.path} is readable as it is"):
-        if not options.report:
-            work(options, folder, Watch(console))
+        work(options, folder, Watch(console))
         report(options, folder, console)
 
 

@@ -13,11 +13,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import tyro
+from filelock import FileLock, Timeout
 
 from experiments.runs import flag
 from gan.errors import UserError
 
 Options = TypeVar("Options")
+
+LOCK = ".lock"
+"""File that a process holds while it writes to a folder of results; it stays, and means nothing then."""
 
 
 def usage(description: str, examples: Sequence[tuple[str, str]]) -> str:
@@ -105,18 +109,30 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def resumable(program: str, folder: Path, kept: str = "what is done stays") -> Iterator[None]:
-    """Within it, Ctrl-C becomes the sentence that :func:`run` ends with: how to go on.
+    """Within it, no other process works in the folder, and Ctrl-C becomes the sentence of how to go on.
 
     Args:
         program: the file's name without ending.
         folder: what ``--resume`` takes.
         kept: what an interruption leaves.
+
+    Raises:
+        UserError: another process is within its own: two would write every line of the logs twice.
     """
+    lock = FileLock(folder / LOCK, timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise UserError(
+            f"another process is at work in {folder}; wait until it has ended, or stop it, and try again"
+        ) from None
     try:
         yield
     except KeyboardInterrupt:
         command = f"python experiments/{program}.py --resume {folder}"
         raise KeyboardInterrupt(f"stopped; {kept}; go on with: {command}") from None
+    finally:
+        lock.release()
 
 
 def run(

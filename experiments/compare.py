@@ -176,10 +176,12 @@ def main(options: Options) -> None:
         return
     options, folder = open_folder(options)
     study, runs = study_of(options, folder.path.resolve()), list(product(options))
+    if options.only_plan:
+        announce(study, runs, options.scale, console)
+        return
     with cli.resumable("compare", folder.path):
         announce(study, runs, options.scale, console)
-        if not options.only_plan:
-            compare(study, runs, options, console)
+        compare(study, runs, options, console)
 
 
 def compare(study: Study, runs: Sequence[RunOptions], options: Options, console: Console) -> None:

@@ -82,6 +82,28 @@ def test_an_interruption_says_how_to_go_on(tmp_path: Path) -> None:
         raise KeyboardInterrupt
 
 
+def test_one_process_at_a_time_works_in_a_folder(tmp_path: Path) -> None:
+    held = (
+        "import sys; from pathlib import Path; from experiments import cli\n"
+        "with cli.resumable('sweep', Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    )
+    other = subprocess.Popen(
+        [sys.executable, "-c", held, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    with other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"held\n"
+        with (
+            pytest.raises(UserError, match=f"another process is at work in {tmp_path}"),
+            cli.resumable("sweep", tmp_path),
+        ):
+            raise AssertionError("two at once")
+        other.kill()  # a lock that outlives its process would lock the folder for ever
+    for _ in range(2):
+        with cli.resumable("sweep", tmp_path):
+            pass
+
+
 def test_a_command_names_what_is_not_usual() -> None:
     @dataclass(frozen=True)
     class Inner:

@@ -79,6 +79,7 @@ def test_the_folder_holds_everything(options: Options, tmp_path: Path) -> None:
     finetune.main(options)
     folder = tmp_path / "out"
     expected = {
+        cli.LOCK,
         "options.json",
         "run.json",
         "plan.json",

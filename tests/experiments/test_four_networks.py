@@ -67,7 +67,7 @@ def work(tmp_path_factory: pytest.TempPathFactory, patched: pytest.MonkeyPatch) 
 def test_the_run_folder_holds_both_directions(work: Path) -> None:
     names = {path.name for path in work.iterdir()}
     expected = {"options.json", "run.json", "metrics.csv", "evaluations.jsonl", "tensorboard", "policy"}
-    expected |= {"plan.json", "credit.json", "ranking.json", "elastic.json", "evaluation.json"}
+    expected |= {cli.LOCK, "plan.json", "credit.json", "ranking.json", "elastic.json", "evaluation.json"}
     expected |= {"curves.png", "widths.png", "samples.png", "elastic_A.safetensors", "elastic_B.safetensors"}
     for stage in ("", "_raw", "_uniform"):
         for agent in FOUR_AGENTS:

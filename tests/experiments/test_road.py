@@ -60,7 +60,7 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_the_run_folder_holds_everything(work: Path) -> None:
     names = {path.name for path in (work / RUN).iterdir()}
     expected = {"options.json", "run.json", "metrics.csv", "evaluations.jsonl", "tensorboard", "policy"}
-    expected |= {"plan.json", "credit.json", "ranking.json", "elastic.json", "evaluation.json"}
+    expected |= {cli.LOCK, "plan.json", "credit.json", "ranking.json", "elastic.json", "evaluation.json"}
     expected |= {"curves.png", "widths.png", "samples.png"}
     for stage in ("", "_raw", "_uniform"):
         for network in ("generator", "discriminator"):
