@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from tyro.conf import UseAppendAction
 
+from agents.registry import RULES
 from envs.budget import Budget, budget_ends, kind_of
 from envs.pruning_env import PruningEnv
 from envs.rewards import Weights
@@ -47,6 +48,7 @@ from experiments.runs import (
     read_json,
     resumed_options,
 )
+from experiments.searching import propose
 from experiments.trials import Settings, Trial, TrialResult, run_trials
 from experiments.watch import Watch
 from gan.cost import CostKind
@@ -255,7 +257,7 @@ def open_folder(options: Options) -> tuple[Options, RunFolder]:
     for name in options.shapes:
         if name not in SHAPES:
             raise unknown("shape", name, SHAPES)
-    check_least(options, evaluations=1, seeds=1, epochs=1, workers=1)
+    check_least(options, evaluations=1, seeds=1, epochs=1, workers=1, seed=0)
     cells = [Cell.of(text) for text in options.cell]
     if len({cell.name for cell in cells}) < len(cells):
         raise UserError("--cell names the same cell twice; once is enough")
@@ -267,6 +269,8 @@ def open_folder(options: Options) -> tuple[Options, RunFolder]:
             tasks[key] = task.with_latency() if cell.cost == "latency" else task
         check_reachable(tasks[key], cell.budgets, cell.cost)
         elastic_weights(tasks[key], options)
+    if options.elastic is not None:
+        options = replace(options, elastic=options.elastic.resolve())
     folder = create_run("headroom", options.algo, options.seed, options.output)
     for cell in cells:
         if cell.cost == "latency":
@@ -350,9 +354,12 @@ def search(cell: Cell, folder: CellFolder, options: Options, watch: Watch) -> di
         env.prepare(stage.at)
     with watch.stage("search", sizes.evaluations) as stage:
         env.listener = SearchBar(env, stage)
-        build_learner(options.algo, options.seed, None).learn(env)
+        learner = build_learner(options.algo, options.seed, None)
+        learner.learn(env)
         env.listener = None
-    return compare_plans(env, options.shapes)
+    # A rule has one plan: where it is worse than uniform, uniform would be finetuned under its name.
+    ruled = propose(env, learner).plan if options.algo in RULES else None
+    return compare_plans(env, options.shapes, ruled)
 
 
 class SearchBar:
@@ -370,7 +377,9 @@ class SearchBar:
         """Nothing to show: every plan is an episode."""
 
 
-def compare_plans(env: PruningEnv, shapes: Sequence[str] = tuple(SHAPES)) -> dict[str, Any]:
+def compare_plans(
+    env: PruningEnv, shapes: Sequence[str] = tuple(SHAPES), found: Plan | None = None
+) -> dict[str, Any]:
     """Uniform, hand-made and found plans at an environment's budget, with their scores.
 
     Names may share a plan, as shapes do at tight budgets: it is finetuned once.
@@ -378,9 +387,11 @@ def compare_plans(env: PruningEnv, shapes: Sequence[str] = tuple(SHAPES)) -> dic
     Args:
         env: its search is over.
         shapes: keys of ``SHAPES``.
+        found: what counts as found; by default the best plan that was scored.
     """
     assert env.best is not None  # budgets are fixed
-    plans = {"uniform": env.uniform_plan(), **shaped_plans(env, shapes), "found": env.best.plan}
+    found = env.best.plan if found is None else found
+    plans = {"uniform": env.uniform_plan(), **shaped_plans(env, shapes), "found": found}
     scores = {name: env.evaluate(plan, counted=False) for name, plan in plans.items()}
     return plain(
         {
