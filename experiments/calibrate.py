@@ -433,6 +433,8 @@ def log_header(path: Path) -> dict[str, Any]:
     try:
         with path.open() as file:
             header = json.loads(file.readline())
+        if not isinstance(header, dict):
+            raise ValueError(f"it holds a {type(header).__name__}")
     except ValueError as error:
         raise UserError(f"{path} is no log: its first line is no header ({error})") from error
     return {key: value for key, value in header.items() if key != "format"}

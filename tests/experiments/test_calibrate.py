@@ -204,6 +204,15 @@ def test_an_unfinished_study_reports_what_is_there(study: tuple[Options, StudyFo
     assert "evaluations-half.jsonl has no scores of" in found["notes"][1]
 
 
+@pytest.mark.parametrize("line", ["", "[]", "3", "null", '{"format": 1'])
+def test_a_log_without_a_header_is_refused(study: tuple[Options, StudyFolder], line: str) -> None:
+    options, folder = study
+    write_results(folder, trials_of(calibrate.read_plans(folder), 2))
+    folder.evaluations("default").write_text(line)
+    with pytest.raises(UserError, match=r"evaluations\.jsonl is no log: its first line is no header"):
+        report(options, folder, Console(quiet=True))
+
+
 def test_a_report_does_no_work(study: tuple[Options, StudyFolder], monkeypatch: pytest.MonkeyPatch) -> None:
     options, folder = study
     write_results(folder, trials_of(calibrate.read_plans(folder), 2))
