@@ -57,7 +57,7 @@ from gan.errors import UserError, unknown
 from gan.evaluation import KID
 from gan.files import write_json, write_text
 from gan.plans import Plan
-from gan.tasks import TASKS, Task, load_elastic, load_task
+from gan.tasks import TASKS, UNPAIRED_TASKS, Task, load_elastic, load_task
 
 DESCRIPTION = """Searches each cell (task, cost, budget) with many evaluations, finetunes the plan found, some
 hand-made shapes and the uniform plan with several seeds, and compares them on the test images."""
@@ -152,8 +152,9 @@ class Cell:
         if len(parts) != 3:
             raise UserError(f"a cell is TASK:COST:BUDGET, such as edges2emoji:macs:0.1; got {text!r}")
         task, cost, budget = parts
-        if task not in TASKS:
-            raise unknown("task", task, TASKS)
+        known = TASKS | UNPAIRED_TASKS
+        if task not in known:
+            raise unknown("task", task, known)
         if cost not in get_args(CostKind):
             raise unknown("cost", cost, get_args(CostKind))
         cell = cls(task, cost, budget)  # type: ignore[arg-type]
@@ -247,6 +248,8 @@ def open_folder(options: Options) -> tuple[Options, RunFolder]:
     Raises:
         UserError: an option that no study can use; nothing has been written then.
     """
+    if options.elastic is not None:  # absolute, so that it is resumed from wherever one is
+        options = replace(options, elastic=options.elastic.resolve())
     if options.resume is not None:
         return reopen(options, options.resume)
     if not options.cell:
@@ -269,8 +272,6 @@ def open_folder(options: Options) -> tuple[Options, RunFolder]:
             tasks[key] = task.with_latency() if cell.cost == "latency" else task
         check_reachable(tasks[key], cell.budgets, cell.cost)
         elastic_weights(tasks[key], options)
-    if options.elastic is not None:
-        options = replace(options, elastic=options.elastic.resolve())
     folder = create_run("headroom", options.algo, options.seed, options.output)
     for cell in cells:
         if cell.cost == "latency":

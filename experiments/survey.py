@@ -225,6 +225,10 @@ def open_survey(options: Options) -> tuple[Options, RunFolder]:
     Raises:
         UserError: options that no survey can use; nothing has been written then.
     """
+    # absolute, so that it is resumed from wherever one is
+    options = replace(options, join=tuple(path.resolve() for path in options.join))
+    if options.elastic not in ("elastic", "dense"):
+        options = replace(options, elastic=str(Path(options.elastic).resolve()))
     if options.resume is not None:
         made = open_run(options.resume)
         if not SurveyFolder(made.path).plans.is_file():
@@ -243,10 +247,6 @@ def open_survey(options: Options) -> tuple[Options, RunFolder]:
     settings.elastic(task)  # refused here, where it is a sentence
     for path in options.join:
         joined(path, settings, task)
-    # absolute, so that it is resumed from wherever one is
-    options = replace(options, join=tuple(path.resolve() for path in options.join))
-    if options.elastic not in ("elastic", "dense"):
-        options = replace(options, elastic=str(Path(options.elastic).resolve()))
     random = np.random.default_rng(options.seed)
     plans = draw_over_range(prunable(task, options.cost), budgets, Sizes.of(options).plans, random, "l1")
     if len({named.plan.key for named in plans}) < FEWEST:

@@ -3,7 +3,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -233,6 +233,12 @@ def test_a_study_is_resumed_as_it_was(work: Work, tmp_path: Path, capsys: pytest
     assert "--output" in capsys.readouterr().err
 
 
+def test_a_cell_may_be_of_any_embedded_task() -> None:
+    assert Cell.of("noto2twemoji:macs:0.2").task == "noto2twemoji"
+    with pytest.raises(UserError, match="known are edges2emoji, edges2emoji_resnet, noto2twemoji, twemoji2n"):
+        Cell.of("noto_and_twemoji:macs:0.2")
+
+
 def test_cells_of_ranges_are_refused() -> None:
     with pytest.raises(UserError, match="range"):
         Cell.of("edges2emoji:macs:generator=0.1,discriminator=0.3:0.5")
@@ -278,3 +284,5 @@ def test_a_file_of_weights_is_found_from_anywhere(
     options, folder = headroom.open_folder(given)
     assert options.elastic == tmp_path / "mine.safetensors"
     assert read_options(folder, headroom.Options) == options
+    again, _ = headroom.open_folder(replace(given, output=None, resume=folder.path))
+    assert again.elastic == options.elastic  # the same may be given again
