@@ -149,7 +149,7 @@ class Cell:
             UserError: if a part is missing or unknown, or the budget is a range.
         """
         parts = text.split(":", 2)
-        if len(parts) != 3:
+        if len(parts) != 3 or not all(parts):
             raise UserError(f"a cell is TASK:COST:BUDGET, such as edges2emoji:macs:0.1; got {text!r}")
         task, cost, budget = parts
         known = TASKS | UNPAIRED_TASKS

@@ -201,6 +201,7 @@ def test_one_seed_has_no_interval(work: Work, tmp_path: Path) -> None:
     ("arguments", "sentence"),
     [
         (["--cell", "edges2emoji:macs"], "TASK:COST:BUDGET"),
+        (["--cell", "edges2emoji:macs:"], "TASK:COST:BUDGET"),
         (["--cell", "edges2emojis:macs:0.1"], "did you mean 'edges2emoji'"),
         (["--cell", "edges2emoji:mac:0.1"], "did you mean 'macs'"),
         (["--cell", "edges2emoji:macs:0.05:0.5"], "range"),
