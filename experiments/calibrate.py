@@ -62,6 +62,7 @@ from gan.evaluation import KID
 from gan.evaluations import CountedScorer, EvaluationLog, PrunableNetwork, Scores
 from gan.files import write_json, write_text
 from gan.plans import Plan
+from gan.scoring import FORMULAS
 from gan.surrogate import FEWEST, Scope, Surrogate, cautious, load_surrogate
 from gan.tasks import AGENTS, Task, load_task
 
@@ -242,6 +243,9 @@ def open_study(options: Options) -> tuple[Options, StudyFolder]:
         settings_of(options, weights).elastic(task)
     options = replace(options, elastic=_absolute(options.elastic))
     networks = prunable(task, options.cost)
+    if options.surrogate is not None:
+        options = replace(options, surrogate=options.surrogate.resolve())
+        check_surrogate(options, task)
     random = np.random.default_rng(options.seed)
     plans = draw_plans(networks, shares, Sizes.of(options).plans, random, "l1")
     for path in options.found:
@@ -290,6 +294,8 @@ def reopen_study(options: Options, path: Path) -> tuple[Options, StudyFolder]:
         task = load_task(own.task, pick_device(own.device))
         for weights in files.values():
             settings_of(own, weights).elastic(task)
+        if merged.surrogate is not None:
+            check_surrogate(merged, task)
         stored = replace(own, score_with=merged.score_with)
         write_json(made.options, plain(stored))
     return merged, folder
@@ -427,6 +433,8 @@ def log_header(path: Path) -> dict[str, Any]:
     try:
         with path.open() as file:
             header = json.loads(file.readline())
+        if not isinstance(header, dict):
+            raise ValueError(f"it holds a {type(header).__name__}")
     except ValueError as error:
         raise UserError(f"{path} is no log: its first line is no header ({error})") from error
     return {key: value for key, value in header.items() if key != "format"}
@@ -523,6 +531,35 @@ def read_study(options: Options, folder: StudyFolder) -> Study:
     return Study(tuple(done), table, raw, tuple(columns), tuple(notes), surrogate)
 
 
+def check_surrogate(options: Options, task: Task) -> None:
+    """Refuse predictions for another study before its plans are finetuned, not when it is reported on.
+
+    Raises:
+        UserError: see :func:`fitting`.
+    """
+    assert options.surrogate is not None
+    weights = settings_of(options, options.elastic).weights_hash(task)
+    fitting(load_surrogate(options.surrogate), options.surrogate, prunable(task), weights, FORMULAS)
+
+
+def fitting(
+    given: Surrogate, path: Path, networks: Mapping[str, PrunableNetwork], weights: str, formulas: str
+) -> Surrogate:
+    """The predictions of a file, where they are for these networks, elastic weights and formulas.
+
+    Raises:
+        UserError: they are for others.
+    """
+    channels = {agent: tuple(network.channels.tolist()) for agent, network in networks.items()}
+    mine = (channels, weights, formulas)
+    if mine != (given.channels, given.scope.weights, given.scope.formulas):
+        raise UserError(
+            f"the predictions of {path} are for other networks, elastic weights or formulas than this study; "
+            "use those of its task"
+        )
+    return given
+
+
 def fitting_surrogate(path: Path, folder: StudyFolder, networks: Mapping[str, PrunableNetwork]) -> Surrogate:
     """The given predictions.
 
@@ -530,17 +567,10 @@ def fitting_surrogate(path: Path, folder: StudyFolder, networks: Mapping[str, Pr
         UserError: they are for other networks, elastic weights or formulas than the study's.
     """
     given, header = load_surrogate(path), log_header(folder.evaluations(OWN))
-    channels = {agent: tuple(network.channels.tolist()) for agent, network in networks.items()}
     weights = given.scope.weights
     if folder.dense.is_file():
         weights = read_json(folder.dense)["weights"]
-    mine = (channels, weights, str(header.get("formulas", given.scope.formulas)))
-    if mine != (given.channels, given.scope.weights, given.scope.formulas):
-        raise UserError(
-            f"the predictions of {path} are for other networks, elastic weights or formulas than this study "
-            f"({folder.path}); use those of its task"
-        )
-    return given
+    return fitting(given, path, networks, weights, str(header.get("formulas", given.scope.formulas)))
 
 
 def fit_surrogate(

@@ -180,7 +180,8 @@ def best_of_run(path: Path) -> tuple[RunFolder, Mapping[str, Any], Any]:
     folder = open_run(path)
     if not folder.plan.is_file():
         raise UserError(f"the run {path} has no plan.json yet; finish it, or leave it out of --found")
-    return folder, read_json(folder.options), read_json(folder.plan).get("best")
+    plans = read_json(folder.plan)
+    return folder, read_json(folder.options), plans.get("best") if isinstance(plans, dict) else None
 
 
 def found_plans(

@@ -108,13 +108,8 @@ def new_folder(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
-def resumable(program: str, folder: Path, kept: str = "what is done stays") -> Iterator[None]:
-    """Within it, no other process works in the folder, and Ctrl-C becomes the sentence of how to go on.
-
-    Args:
-        program: the file's name without ending.
-        folder: what ``--resume`` takes.
-        kept: what an interruption leaves.
+def alone(folder: Path) -> Iterator[None]:
+    """Within it, no other process works in the folder.
 
     Raises:
         UserError: another process is within its own: two would write every line of the logs twice.
@@ -128,11 +123,28 @@ def resumable(program: str, folder: Path, kept: str = "what is done stays") -> I
         ) from None
     try:
         yield
-    except KeyboardInterrupt:
-        command = f"python experiments/{program}.py --resume {folder}"
-        raise KeyboardInterrupt(f"stopped; {kept}; go on with: {command}") from None
     finally:
         lock.release()
+
+
+@contextmanager
+def resumable(program: str, folder: Path, kept: str = "what is done stays") -> Iterator[None]:
+    """As :func:`alone`; and Ctrl-C becomes the sentence of how to go on.
+
+    Args:
+        program: the file's name without ending.
+        folder: what ``--resume`` takes.
+        kept: what an interruption leaves.
+
+    Raises:
+        UserError: as there.
+    """
+    with alone(folder):
+        try:
+            yield
+        except KeyboardInterrupt:
+            command = f"python experiments/{program}.py --resume {folder}"
+            raise KeyboardInterrupt(f"stopped; {kept}; go on with: {command}") from None
 
 
 def run(

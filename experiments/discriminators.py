@@ -172,7 +172,7 @@ def open_study(options: Options) -> tuple[Options, RunFolder]:
     networks = prunable(task, options.cost)
     for agent in AGENTS:
         check_reachable(networks[agent], shares[agent], agent)
-    for share in options.shares:
+    for share in (*options.shares, *shares.values()):  # as choose cuts it
         check_reachable(networks["discriminator"], share, "discriminator")
     if options.elastic not in ("elastic", "dense"):
         options = replace(options, elastic=str(Path(options.elastic).resolve()))

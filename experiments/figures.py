@@ -530,7 +530,7 @@ def intervals(panels: Sequence[Estimates], label: str, title: str = "") -> Figur
 
     Args:
         panels: what to draw.
-        label: of the horizontal axes.
+        label: of all horizontal axes.
         title: of the figure.
     """
     tallest = max(len(panel.labels) for panel in panels)
@@ -554,7 +554,7 @@ def intervals(panels: Sequence[Estimates], label: str, title: str = "") -> Figur
             axes.set_yticks(range(len(panel.labels)), panel.labels)
             axes.set_ylim(len(panel.labels) - 0.5, -0.5)
             axes.set_title(panel.title)
-            axes.set_xlabel(label, fontsize=9)
+        figure.supxlabel(label, fontsize=9)  # once: it may be wider than a panel
         if title:
             figure.suptitle(title, x=0.01, ha="left", fontsize=11)
     return figure

@@ -6,6 +6,7 @@ import math
 import re
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import islice
@@ -923,11 +924,18 @@ def main(options: Options) -> None:
     own = replace(own, weights=replace(Weights(), density=0.0))
     base = read_study(own, study)
     folder = options.output or options.study / "formulas"
-    folder.mkdir(parents=True, exist_ok=True)
     try:
-        journal = work(options, own, study, base.plans, folder, Watch(console))
-    except KeyboardInterrupt:
-        raise KeyboardInterrupt(f"stopped; what is in {folder} stays; the same command goes on") from None
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            f"cannot make the folder {folder} ({error.strerror}); use another --output"
+        ) from error
+    # without parts it only looks in, also while another process is at work there
+    with cli.alone(folder) if options.parts else nullcontext():
+        try:
+            journal = work(options, own, study, base.plans, folder, Watch(console))
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"stopped; what is in {folder} stays; the same command goes on") from None
     table = tabulate(base, journal)
     write_json(
         folder / "formulas.json", plain(named({**table, "rows": [named(row) for row in table["rows"]]}))
@@ -1344,6 +1352,7 @@ def beyond(
     with np.errstate(invalid="ignore", divide="ignore"):
         partial = (own @ other.T - like * known) / np.sqrt((1 - like**2) * (1 - known**2))
     partial[like[:, 0] > 1 - 1e-9] = -1  # MMD² itself
+    partial[~np.isfinite(partial)] = -1  # its reverse, or a metric that it orders: nothing is left to know
     largest, place = partial.max(0), int(partial[:, 0].argmax())
     return Beyond(
         entries[place].name,

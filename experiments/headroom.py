@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 from tyro.conf import UseAppendAction
 
+from agents.registry import RULES
 from envs.budget import Budget, budget_ends, kind_of
 from envs.pruning_env import PruningEnv
 from envs.rewards import Weights
@@ -47,6 +48,7 @@ from experiments.runs import (
     read_json,
     resumed_options,
 )
+from experiments.searching import propose
 from experiments.trials import Settings, Trial, TrialResult, run_trials
 from experiments.watch import Watch
 from gan.cost import CostKind
@@ -55,7 +57,7 @@ from gan.errors import UserError, unknown
 from gan.evaluation import KID
 from gan.files import write_json, write_text
 from gan.plans import Plan
-from gan.tasks import TASKS, Task, load_elastic, load_task
+from gan.tasks import TASKS, UNPAIRED_TASKS, Task, load_elastic, load_task
 
 DESCRIPTION = """Searches each cell (task, cost, budget) with many evaluations, finetunes the plan found, some
 hand-made shapes and the uniform plan with several seeds, and compares them on the test images."""
@@ -147,11 +149,12 @@ class Cell:
             UserError: if a part is missing or unknown, or the budget is a range.
         """
         parts = text.split(":", 2)
-        if len(parts) != 3:
+        if len(parts) != 3 or not all(parts):
             raise UserError(f"a cell is TASK:COST:BUDGET, such as edges2emoji:macs:0.1; got {text!r}")
         task, cost, budget = parts
-        if task not in TASKS:
-            raise unknown("task", task, TASKS)
+        known = TASKS | UNPAIRED_TASKS
+        if task not in known:
+            raise unknown("task", task, known)
         if cost not in get_args(CostKind):
             raise unknown("cost", cost, get_args(CostKind))
         cell = cls(task, cost, budget)  # type: ignore[arg-type]
@@ -245,6 +248,8 @@ def open_folder(options: Options) -> tuple[Options, RunFolder]:
     Raises:
         UserError: an option that no study can use; nothing has been written then.
     """
+    if options.elastic is not None:  # absolute, so that it is resumed from wherever one is
+        options = replace(options, elastic=options.elastic.resolve())
     if options.resume is not None:
         return reopen(options, options.resume)
     if not options.cell:
@@ -255,7 +260,7 @@ def open_folder(options: Options) -> tuple[Options, RunFolder]:
     for name in options.shapes:
         if name not in SHAPES:
             raise unknown("shape", name, SHAPES)
-    check_least(options, evaluations=1, seeds=1, epochs=1, workers=1)
+    check_least(options, evaluations=1, seeds=1, epochs=1, workers=1, seed=0)
     cells = [Cell.of(text) for text in options.cell]
     if len({cell.name for cell in cells}) < len(cells):
         raise UserError("--cell names the same cell twice; once is enough")
@@ -350,9 +355,12 @@ def search(cell: Cell, folder: CellFolder, options: Options, watch: Watch) -> di
         env.prepare(stage.at)
     with watch.stage("search", sizes.evaluations) as stage:
         env.listener = SearchBar(env, stage)
-        build_learner(options.algo, options.seed, None).learn(env)
+        learner = build_learner(options.algo, options.seed, None)
+        learner.learn(env)
         env.listener = None
-    return compare_plans(env, options.shapes)
+    # A rule has one plan: where it is worse than uniform, uniform would be finetuned under its name.
+    ruled = propose(env, learner).plan if options.algo in RULES else None
+    return compare_plans(env, options.shapes, ruled)
 
 
 class SearchBar:
@@ -370,7 +378,9 @@ class SearchBar:
         """Nothing to show: every plan is an episode."""
 
 
-def compare_plans(env: PruningEnv, shapes: Sequence[str] = tuple(SHAPES)) -> dict[str, Any]:
+def compare_plans(
+    env: PruningEnv, shapes: Sequence[str] = tuple(SHAPES), found: Plan | None = None
+) -> dict[str, Any]:
     """Uniform, hand-made and found plans at an environment's budget, with their scores.
 
     Names may share a plan, as shapes do at tight budgets: it is finetuned once.
@@ -378,9 +388,11 @@ def compare_plans(env: PruningEnv, shapes: Sequence[str] = tuple(SHAPES)) -> dic
     Args:
         env: its search is over.
         shapes: keys of ``SHAPES``.
+        found: what counts as found; by default the best plan that was scored.
     """
     assert env.best is not None  # budgets are fixed
-    plans = {"uniform": env.uniform_plan(), **shaped_plans(env, shapes), "found": env.best.plan}
+    found = env.best.plan if found is None else found
+    plans = {"uniform": env.uniform_plan(), **shaped_plans(env, shapes), "found": found}
     scores = {name: env.evaluate(plan, counted=False) for name, plan in plans.items()}
     return plain(
         {

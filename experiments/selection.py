@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -30,7 +31,9 @@ class Verdict:
     @property
     def kept(self) -> Literal["before", "after"]:
         """Which of the two is the result; equal ones are not told apart, and the finetuned pair stays."""
-        return "after" if self.after <= self.before else "before"
+        if math.isnan(self.after):  # no comparison with NaN is true
+            return "before"
+        return "before" if self.before < self.after else "after"
 
     @property
     def sentence(self) -> str:

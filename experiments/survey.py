@@ -30,7 +30,7 @@ from experiments.build import (
     with_latency,
 )
 from experiments.candidates import NamedPlan, best_of_run, draw_over_range, found_plan
-from experiments.figures import Cloud, calibration, save_figure
+from experiments.figures import MOST_SERIES, Cloud, calibration, save_figure
 from experiments.report import show_table
 from experiments.runs import (
     RunFolder,
@@ -180,7 +180,7 @@ class Finetuned:
     Attributes:
         source: ``survey``, ``found``, or the name of the folder that it came from.
         plan: its widths.
-        kid: (n,) one per seed.
+        kid: (n,) one per seed, of the first study that has it: a seed repeated says nothing new.
     """
 
     source: str
@@ -225,6 +225,10 @@ def open_survey(options: Options) -> tuple[Options, RunFolder]:
     Raises:
         UserError: options that no survey can use; nothing has been written then.
     """
+    # absolute, so that it is resumed from wherever one is
+    options = replace(options, join=tuple(path.resolve() for path in options.join))
+    if options.elastic not in ("elastic", "dense"):
+        options = replace(options, elastic=str(Path(options.elastic).resolve()))
     if options.resume is not None:
         made = open_run(options.resume)
         if not SurveyFolder(made.path).plans.is_file():
@@ -331,7 +335,11 @@ def collect(options: Options, folder: SurveyFolder) -> list[Finetuned]:
     for path in options.join:
         rows += [(path.resolve().name, result) for result in joined(path, settings, task)]
     found: dict[str, Finetuned] = {}
+    seen: set[tuple[str, int, str]] = set()
     for source, result in rows:
+        if result.trial.key in seen:
+            continue
+        seen.add(result.trial.key)
         plan, kid = result.trial.plan, result.row[KID]
         known = found.get(plan.key, Finetuned(source, plan, ()))
         found[plan.key] = Finetuned(known.source, plan, (*known.kid, kid))
@@ -428,7 +436,15 @@ def report(options: Options, folder: SurveyFolder, watch: Watch) -> None:
     clouds = [Cloud("predicted KID of plans left out", "prediction", predicted, judged["all"].tau.value)]
     means = np.array([[statistics.fmean(one.kid)] for one in plans])
     title = f"{options.task}: {len(plans)} plans"
-    save_figure(calibration(clouds, means, [one.source for one in plans], title=title), folder.figure)
+    save_figure(calibration(clouds, means, kinds_of(plans), title=title), folder.figure)
+
+
+def kinds_of(plans: Sequence[Finetuned]) -> list[str]:
+    """What each plan is drawn as: its source; where there are too many, all that joined look alike."""
+    sources = [one.source for one in plans]
+    if len(set(sources)) <= MOST_SERIES:
+        return sources
+    return [source if source in (OWN, FOUND) else "joined" for source in sources]
 
 
 def table(judged: Mapping[str, Judged], reach: Mapping[str, Mapping[str, Any]], surrogate: Surrogate) -> str:

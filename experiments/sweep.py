@@ -118,7 +118,7 @@ def open_sweep(options: Options) -> tuple[Options, RunFolder]:
     if not options.shares or len({f"{share:g}" for share in options.shares}) < len(options.shares):
         raise UserError(f"--shares is {options.shares}; name one or more, each once")
     task = load_task(options.task, pick_device(options.device))
-    check_counterparts(task, "test")
+    check_counterparts(task, options.split)
     for share in options.shares:
         check_reachable(task, cell_of(share, options).budgets, options.cost)
     task.shipped_elastic()

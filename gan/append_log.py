@@ -18,7 +18,7 @@ class AppendLog:
     """An append-only ``.jsonl`` file that survives the death of its writer.
 
     A torn last line (the process died while writing) is dropped on reading and cut off before the next
-    append.
+    append: not earlier, because who only reads may meet a line that another process is writing.
 
     Args:
         path: the file; made, with its header, when it does not exist.
@@ -41,6 +41,7 @@ class AppendLog:
         entries: str = "entries",
     ) -> None:
         self.path = path
+        self._whole: int | None = None  # bytes before a torn last line that is still there
         header = {"format": 1, **header}
         if not path.exists():
             path.write_text(json.dumps(header) + "\n")
@@ -64,8 +65,7 @@ class AppendLog:
                 "ones: start a new run instead of resuming this one"
             )
         if len(whole) < len(raw):
-            with path.open("r+b") as handle:
-                handle.truncate(len(whole))
+            self._whole = len(whole)
         for number, line in enumerate(lines[1:], start=2):
             try:
                 read(json.loads(line))
@@ -76,5 +76,9 @@ class AppendLog:
 
     def append(self, entry: Mapping[str, Any]) -> None:
         """Add one line."""
+        if self._whole is not None:
+            with self.path.open("r+b") as handle:
+                handle.truncate(self._whole)
+            self._whole = None
         with self.path.open("a") as handle:
             handle.write(json.dumps(entry) + "\n")

@@ -23,7 +23,8 @@ from gan.errors import UserError
 from gan.evaluations import FAMILIES, CountedScorer, EvaluationLog, Scores
 from gan.files import write_json
 from gan.plans import Plan
-from gan.surrogate import Surrogate, cautious, load_surrogate
+from gan.scoring import FORMULAS
+from gan.surrogate import Scope, Surrogate, cautious, load_surrogate
 from gan.tasks import Task
 from tests.gan.conftest import Pair, _pair, pair, task
 
@@ -152,6 +153,26 @@ def test_other_predictions_can_be_reported_on(study: tuple[Options, StudyFolder]
     assert not folder.surrogate.exists()
 
 
+def test_predictions_for_another_study_are_refused_before_any_work(
+    study: tuple[Options, StudyFolder], tmp_path: Path
+) -> None:
+    options, folder = study
+    write_results(folder, trials_of(calibrate.read_plans(folder), 2))
+    write_json(folder.dense, {"row": {KID: 0.2}, "weights": "0123"})
+    report(options, folder, Console(quiet=True))  # writes predictions for the weights 0123
+    new = replace(OPTIONS, surrogate=folder.surrogate, output=tmp_path / "new")
+    with pytest.raises(UserError, match=r"surrogate\.json are for other networks, elastic weights or form"):
+        open_study(new)
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(UserError, match="are for other networks"):
+        open_study(Options(resume=folder.path, surrogate=folder.surrogate))
+    own = load_surrogate(folder.surrogate)
+    scope = Scope("dense", KID, FORMULAS)
+    fits = Surrogate(own.examples, own.dense, own.channels, own.terms, scope).save(tmp_path / "fits.json")
+    opened, _ = open_study(replace(new, surrogate=fits))
+    assert opened.surrogate == fits
+
+
 def test_weights_change_the_total_and_nothing_else(study: tuple[Options, StudyFolder]) -> None:
     options, folder = study
     write_results(folder, trials_of(calibrate.read_plans(folder), 2))
@@ -181,6 +202,15 @@ def test_an_unfinished_study_reports_what_is_there(study: tuple[Options, StudyFo
     assert len(found["plans"]) == 5
     assert found["notes"][0] == "5 of 8 plans are finished"
     assert "evaluations-half.jsonl has no scores of" in found["notes"][1]
+
+
+@pytest.mark.parametrize("line", ["", "[]", "3", "null", '{"format": 1'])
+def test_a_log_without_a_header_is_refused(study: tuple[Options, StudyFolder], line: str) -> None:
+    options, folder = study
+    write_results(folder, trials_of(calibrate.read_plans(folder), 2))
+    folder.evaluations("default").write_text(line)
+    with pytest.raises(UserError, match=r"evaluations\.jsonl is no log: its first line is no header"):
+        report(options, folder, Console(quiet=True))
 
 
 def test_a_report_does_no_work(study: tuple[Options, StudyFolder], monkeypatch: pytest.MonkeyPatch) -> None:

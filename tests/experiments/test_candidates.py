@@ -82,9 +82,10 @@ def test_the_best_plan_of_a_run(make_run: Runs, networks: dict[str, PrunableNetw
     write_best(folder, plan.replace("generator", networks["generator"].channels.tolist()))
     with pytest.raises(UserError, match="does not fit task 'edges2emoji': the plan keeps 1"):
         found_plan(folder.path, "edges2emoji", networks, BUDGETS)
-    folder.plan.write_text("{}")
-    with pytest.raises(UserError, match="holds no best plan"):
-        found_plan(folder.path, "edges2emoji", networks, BUDGETS)
+    for damaged in ("{}", "[]", '{"best": 3}'):
+        folder.plan.write_text(damaged)
+        with pytest.raises(UserError, match="holds no best plan"):
+            found_plan(folder.path, "edges2emoji", networks, BUDGETS)
 
 
 def test_several_runs_are_told_apart_by_name(

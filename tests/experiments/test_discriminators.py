@@ -97,3 +97,9 @@ def test_budgets_are_of_the_default_cost() -> None:
 @pytest.mark.usefixtures("tiny")
 def test_bad_input_is_a_sentence(arguments: str, sentence: str, refused: Callable[..., None]) -> None:
     refused(discriminators.main, Options, ["--elastic", "dense", *arguments.split()], sentence)
+
+
+def test_the_generators_share_must_be_within_the_discriminators_reach(refused: Callable[..., None]) -> None:
+    """An even discriminator is cut to it, too."""
+    budget = "generator=0.0006,discriminator=0.5"  # the smallest plans keep 0.00058 and 0.00062
+    refused(discriminators.main, Options, ["--budget", budget], "of the discriminator's params cannot be")

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib.text import Text
 from PIL import Image
 
 from experiments.figures import (
@@ -254,6 +255,20 @@ def test_many_panels_of_intervals_stand_in_rows() -> None:
     assert [axes.get_visible() for axes in five.axes] == [True] * 5 + [False]
     assert five.get_figheight() == 2 * one.get_figheight()
     assert five.get_figwidth() == intervals([panel] * 3, "gap").get_figwidth()
+
+
+@pytest.mark.parametrize("panels", [1, 3])
+def test_the_label_of_intervals_is_seen_whole(panels: int) -> None:
+    """Longer than a panel is wide, where its rows have short names."""
+    label = "KID* minus that beside the full one, same seeds (negative is better)"
+    panel = Estimates("x", ("even 1", "even 0.5"), np.ones((2, 1)), np.array([[0.0, 3.0], [0.0, 4.0]]))
+    figure = intervals([panel] * panels, label)
+    figure.draw_without_rendering()
+    texts = [text for text in figure.findobj(Text) if text.get_text() == label]
+    assert texts
+    for text in texts:
+        box = text.get_window_extent()
+        assert figure.bbox.x0 <= box.x0 < box.x1 <= figure.bbox.x1
 
 
 def test_fronts_have_the_dense_pair_at_the_top_right() -> None:

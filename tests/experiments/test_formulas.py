@@ -301,6 +301,17 @@ def test_what_is_beyond_is_told_from_chance() -> None:
     assert nothing.p > 0.05
 
 
+def test_few_plans_leave_no_holes_in_what_is_beyond() -> None:
+    """Among five, a formula is soon the reverse of the gap, and a permuted metric in its order."""
+    random = np.random.default_rng(1)
+    held, metric = random.normal(size=(2, 5))
+    tried = [Entry("reverse", "density", -held, 0.1), Entry("other", "density", random.normal(size=5), 0.1)]
+    found = beyond(tried, held, metric)
+    assert found.name == "other"
+    assert np.isfinite([found.tau, found.chance]).all()
+    assert found.tau == pytest.approx(beyond(tried[1:], held, metric).tau)
+
+
 def test_an_entry_is_scored_like_a_reward_term() -> None:
     """0 = the first plan, which is the uniform one; units of the interquartile range / 1.349."""
     entry = Entry("a", "density", np.array([2.0, 1.0, 3.0, 100.0, 2.0]), 0.1)
@@ -312,6 +323,7 @@ def test_an_entry_is_scored_like_a_reward_term() -> None:
     [
         ("nowhere", "nowhere does not exist"),
         (".", "is no run folder"),
+        ("STUDY --parts --output STUDY/plans.json", "cannot make the folder"),
         ("STUDY --only (", "is no regular expression"),
         ("STUDY --only nothing-like-it", "finds no formula; names are such as crowd"),
     ],
@@ -319,12 +331,22 @@ def test_an_entry_is_scored_like_a_reward_term() -> None:
 def test_bad_input_is_a_sentence(
     arguments: str, sentence: str, study: StudyFolder, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    given: Sequence[str] = [str(study.path) if word == "STUDY" else word for word in arguments.split()]
+    given: Sequence[str] = [word.replace("STUDY", str(study.path)) for word in arguments.split()]
     with pytest.raises(SystemExit) as stopped:
         cli.run(main, Options, "", (), given)
     assert stopped.value.code == 2
     assert sentence in capsys.readouterr().err
     assert not (study.path / "formulas").exists()
+
+
+def test_one_process_at_a_time_fills_the_log(study: StudyFolder, tmp_path: Path) -> None:
+    """A second one looks in."""
+    folder = tmp_path / "found"
+    main(Options(study.path, folder, ()))
+    with cli.alone(folder):
+        with pytest.raises(UserError, match=f"another process is at work in {folder}"):
+            main(Options(study.path, folder, ("instant",), only="^multiplications$"))
+        main(Options(study.path, folder, ()))
 
 
 def test_a_value_must_be_finite(study: StudyFolder, tmp_path: Path) -> None:

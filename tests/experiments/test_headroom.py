@@ -3,12 +3,14 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+from rich.console import Console
 from torch import nn
 
 import gan.tasks
@@ -16,11 +18,14 @@ from agents.registry import build_agent
 from envs.toy import toy_env, toy_network
 from experiments import cli, headroom
 from experiments.headroom import SHAPES, Cell, compare_plans, shape_proportions, summarise
+from experiments.runs import read_options
 from experiments.trials import Settings, Trial, TrialResult
+from experiments.watch import Watch
 from gan.errors import UserError
 from gan.groups import ChannelGroup
 from gan.latency import LatencyTable, measure_latency
 from gan.plans import Plan
+from gan.tasks import Task
 
 CELL = "edges2emoji:macs:0.1"
 OTHER = "edges2emoji:params:generator=0.1,discriminator=0.3"
@@ -70,6 +75,26 @@ def test_plans_of_a_search() -> None:
     assert potential["uniform"] == 0.0
     assert potential["found"] == max(potential.values())
     assert content["search"]["evaluations"] == env.scorer.evaluations == 40
+
+
+@pytest.mark.parametrize(("algo", "own"), [("magnitude", True), ("random", False)])
+def test_a_rule_is_finetuned_by_its_own_plan_however_it_scores(
+    algo: str, own: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The best plan that was scored is the uniform one, where the rule's is worse."""
+    env = toy_env(20)
+    env.prepare()
+    steep = {agent: np.geomspace(9, 1, len(one.groups)) for agent, one in env.scorer.networks.items()}
+    poor = env.evaluate(env.plan_from_proportions(steep), counted=False)
+    assert poor.potential < 0
+    learner = SimpleNamespace(learn=lambda _: None, propose=lambda *_: poor.plan)
+    monkeypatch.setattr(headroom, "build_env", lambda *_, **__: env)
+    monkeypatch.setattr(headroom, "build_learner", lambda *_: learner)
+    monkeypatch.setattr(Task, "scorer", lambda *_, **__: None)
+    options = headroom.Options(algo=algo, shapes=(), quick=True)
+    place = headroom.CellFolder(tmp_path)
+    content = headroom.search(Cell.of(CELL), place, options, Watch(Console(quiet=True)))
+    assert Plan.from_dict(content["plans"]["found"]) == (poor.plan if own else env.uniform_plan())
 
 
 def test_differences_are_paired_by_seed() -> None:
@@ -176,6 +201,7 @@ def test_one_seed_has_no_interval(work: Work, tmp_path: Path) -> None:
     ("arguments", "sentence"),
     [
         (["--cell", "edges2emoji:macs"], "TASK:COST:BUDGET"),
+        (["--cell", "edges2emoji:macs:"], "TASK:COST:BUDGET"),
         (["--cell", "edges2emojis:macs:0.1"], "did you mean 'edges2emoji'"),
         (["--cell", "edges2emoji:mac:0.1"], "did you mean 'macs'"),
         (["--cell", "edges2emoji:macs:0.05:0.5"], "range"),
@@ -183,6 +209,7 @@ def test_one_seed_has_no_interval(work: Work, tmp_path: Path) -> None:
         (["--cell", CELL, "--cell", CELL], "twice"),
         (["--cell", CELL, "--seeds", "0"], "--seeds is 0"),
         (["--cell", CELL, "--epochs", "0"], "--epochs is 0"),
+        (["--cell", CELL, "--seed", "-1"], "--seed is -1"),
         (["--cell", CELL, "--algo", "cmes"], "did you mean 'cma-es'"),
         ([], "no cell"),
     ],
@@ -205,6 +232,12 @@ def test_a_study_is_resumed_as_it_was(work: Work, tmp_path: Path, capsys: pytest
     with pytest.raises(SystemExit):
         call("--cell", CELL)
     assert "--output" in capsys.readouterr().err
+
+
+def test_a_cell_may_be_of_any_embedded_task() -> None:
+    assert Cell.of("noto2twemoji:macs:0.2").task == "noto2twemoji"
+    with pytest.raises(UserError, match="known are edges2emoji, edges2emoji_resnet, noto2twemoji, twemoji2n"):
+        Cell.of("noto_and_twemoji:macs:0.2")
 
 
 def test_cells_of_ranges_are_refused() -> None:
@@ -242,3 +275,15 @@ def test_the_whole_road(tmp_path: Path) -> None:
     for row in cell["rows"].values():
         assert 0.08 < row["means"]["macs"] / 94.9e6 < 0.102
         assert len(row["kid"]) == 2
+
+
+def test_a_file_of_weights_is_found_from_anywhere(
+    work: Work, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = headroom.Options(cell=(CELL,), elastic=Path("mine.safetensors"), output=Path("study"))
+    options, folder = headroom.open_folder(given)
+    assert options.elastic == tmp_path / "mine.safetensors"
+    assert read_options(folder, headroom.Options) == options
+    again, _ = headroom.open_folder(replace(given, output=None, resume=folder.path))
+    assert again.elastic == options.elastic  # the same may be given again

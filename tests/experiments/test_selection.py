@@ -12,7 +12,13 @@ from gan.tasks import load_task
 
 @pytest.mark.parametrize(
     ("before", "after", "kept"),
-    [(0.4, 0.3, "after"), (0.3, 0.4, "before"), (0.3, 0.3, "after"), (0.3, math.nan, "before")],
+    [
+        (0.4, 0.3, "after"),
+        (0.3, 0.4, "before"),
+        (0.3, 0.3, "after"),
+        (0.3, math.nan, "before"),
+        (math.nan, 0.3, "after"),
+    ],
 )
 def test_the_worse_one_is_not_kept(before: float, after: float, kept: str) -> None:
     verdict = Verdict(before, after)

@@ -14,7 +14,8 @@ from envs.budget import Budget
 from experiments import survey, trials
 from experiments.build import prunable
 from experiments.candidates import NamedPlan, draw_over_range
-from experiments.survey import KID, Options, SurveyFolder, collect
+from experiments.figures import Cloud, calibration
+from experiments.survey import KID, Finetuned, Options, SurveyFolder, collect
 from experiments.trials import Settings, Trial, TrialLog, TrialResult
 from gan.plans import Plan
 from gan.surrogate import Searched, load_surrogate
@@ -119,7 +120,32 @@ def test_equal_plans_are_taken_together_and_dense_discriminators_left_out(tiny: 
     assert len(rows) == len(own_keys(folder))  # the plan beside the dense discriminator is not among them
     (found,) = [row for row in rows if row.plan == twin]
     assert found.source == "survey"
-    assert found.kid == pytest.approx((kid_of(twin), kid_of(twin), kid_of(twin) * 1.001))
+    assert found.kid == pytest.approx((kid_of(twin), kid_of(twin) * 1.001))  # seed 0 is in both, and once
+
+
+def test_a_survey_is_resumed_from_anywhere(
+    tiny: Task, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = survey.draw_over_range(
+        prunable(tiny, "macs"), survey.build_budgets(OPTIONS.budget), 1, np.random.default_rng(0), "l1"
+    )[0].plan
+    write_study(tmp_path / "other", tiny, [plan])
+    monkeypatch.chdir(tmp_path)
+    survey.main(replace(OPTIONS, join=(Path("other"),), output=Path("survey")))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    survey.main(Options(resume=tmp_path / "survey"))
+
+
+def test_many_joined_studies_are_drawn_alike() -> None:
+    plan = Plan.of({"generator": (4,)}, "l1")
+    few = [Finetuned(name, plan, (1.0,)) for name in ("survey", "found", "a", "b")]
+    assert survey.kinds_of(few) == ["survey", "found", "a", "b"]
+    many = [*few, *(Finetuned(f"study {n}", plan, (1.0,)) for n in range(6))]
+    kinds = survey.kinds_of(many)
+    assert kinds == ["survey", "found", *["joined"] * 8]
+    cloud = Cloud("KID", "prediction", np.arange(10.0), 0.5)
+    assert calibration([cloud], np.ones((10, 1)), kinds).axes
 
 
 def test_predictions_may_lead_searches_where_runs_have_searched(

@@ -12,6 +12,7 @@ import gan.tasks
 from experiments import headroom, sweep
 from experiments.sweep import KID, Options
 from experiments.trials import Settings, Trial, TrialResult
+from gan.errors import UserError
 from gan.tasks import Task
 from tests.gan.conftest import Pair, _pair, fake_extractor, pair, task
 
@@ -69,6 +70,18 @@ def test_the_road_and_its_resume(tmp_path: Path) -> None:
     assert [line.split(" | ")[0] for line in before.splitlines()[-3:]] == ["| dense", "| 80.0%", "| 50.0%"]
     sweep.main(Options(resume=output))
     assert (output / "table.md").read_text() == before
+
+
+def test_val_images_without_counterparts_are_refused(
+    tmp_path: Path, task: Task, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of an unpaired task, whose test images do have them."""
+    unpaired = replace(task, val=replace(task.val, partners=False))
+    monkeypatch.setattr(sweep, "load_task", lambda *_: unpaired)
+    monkeypatch.setattr(Task, "shipped_elastic", lambda self: self.ordered())
+    with pytest.raises(UserError, match="the val images of tiny have no true counterparts"):
+        sweep.open_sweep(replace(OPTIONS, split="val", output=tmp_path / "study"))
+    sweep.open_sweep(replace(OPTIONS, split="test", output=tmp_path / "study"))
 
 
 @pytest.mark.parametrize(

@@ -213,9 +213,20 @@ def test_a_torn_last_line_is_dropped_and_cut(path, torn):
     path.write_text(whole + torn)
     log = log_at(path)
     assert log.counted == [plan(3).key, plan(4).key]
-    assert path.read_text() == whole
     play(path, 3, 4, 6)
+    assert path.read_text().startswith(whole + '{"plan": {"widths"')
     assert log_at(path).counted == [plan(w).key for w in (3, 4, 6)]
+
+
+def test_who_only_reads_leaves_a_line_that_another_process_is_writing(path):
+    play(path, 3, 4)
+    whole = path.read_bytes()
+    half = len(whole) - 9
+    path.write_bytes(whole[:half])
+    assert log_at(path).counted == [plan(3).key]
+    with path.open("ab") as file:
+        file.write(whole[half:])
+    assert log_at(path).counted == [plan(3).key, plan(4).key]
 
 
 @pytest.mark.parametrize("torn", ["", '{"format": 1, "wei'])
