@@ -49,6 +49,13 @@ def test_it_learns_what_the_examples_follow(surrogate):
     assert np.corrcoef(found, wanted)[0, 1] > 0.99
 
 
+def test_widths_of_the_discriminator_play_no_part(surrogate):
+    gaps = {"crowd_gap": 0.1, "l1_gap": 0.2}
+    widths = {"generator": (16, 16, 16)}
+    few, many = (Plan.of({**widths, "discriminator": (n, n)}, "l1") for n in (2, 16))
+    assert surrogate.predict(few, gaps) == surrogate.predict(many, gaps)
+
+
 def test_it_is_less_sure_far_from_its_examples(surrogate):
     gaps = {"crowd_gap": 0.1, "l1_gap": 0.2}
     near, far = (surrogate.predict(plan, gaps)[1] for plan in (plan_of(16, 16, 16), plan_of(1, 64, 1)))
