@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -29,6 +29,7 @@ from experiments.build import (
     prunable,
     with_latency,
 )
+from experiments.calibrate import fitting
 from experiments.candidates import NamedPlan, best_of_run, draw_over_range, found_plan
 from experiments.figures import MOST_SERIES, Cloud, calibration, save_figure
 from experiments.report import show_table
@@ -51,7 +52,7 @@ from gan.evaluations import CountedScorer, EvaluationLog
 from gan.files import write_json, write_text
 from gan.plans import Plan
 from gan.scoring import FORMULAS
-from gan.surrogate import CAUTION, FEWEST, Scope, Searched, Surrogate
+from gan.surrogate import CAUTION, FEWEST, Scope, Searched, Surrogate, load_surrogate
 from gan.tasks import AGENTS, Task, load_task
 
 DESCRIPTION = """Finetunes random plans over a range of budgets and fits the predicted recovery to them: the
@@ -59,6 +60,10 @@ reward family that says what finetuning makes of a plan. Val images only."""
 EXAMPLES = (
     ("python experiments/survey.py", "48 plans from 4 to 50 % of the MACs: 30 minutes on 2 cores"),
     ("python experiments/survey.py --join STUDY --found runs/NAME", "with plans that are finetuned already"),
+    (
+        "python experiments/survey.py --plans 0 --join gan/assets/edges2emoji/surrogate.json STUDY",
+        "add a study to the predictions that ship",
+    ),
     ("python experiments/survey.py --quick", "the same road in a minute"),
     ("python experiments/survey.py --resume FOLDER", "go on after an interruption"),
 )
@@ -78,7 +83,7 @@ class Options:
     cost: Literal["macs", "params"] = "macs"
     """What these are a share of."""
     plans: int = 48
-    """Plans to draw."""
+    """Plans to draw; 0 where enough join."""
     seeds: int = 1
     """Finetunings of each: more plans say more than more seeds."""
     epochs: int = 10
@@ -88,8 +93,8 @@ class Options:
     found: tuple[Path, ...] = ()
     """Runs whose best plans are finetuned too; the predictions may then lead searches at their budgets."""
     join: tuple[Path, ...] = ()
-    """Folders of calibrate.py, discriminators.py or survey.py whose finetuned plans join; also when a survey
-    is resumed."""
+    """Folders of calibrate.py, discriminators.py or survey.py whose finetuned plans join, and predictions
+    (surrogate.json) whose examples do; also when a survey is resumed."""
     seed: int = 0
     """Of the drawn plans."""
     workers: int = 2
@@ -239,20 +244,19 @@ def open_survey(options: Options) -> tuple[Options, RunFolder]:
         for path in known.join:
             joined(path, settings, load_task(settings.task, settings.device))
         return known, made
-    check_least(options, plans=FEWEST, seeds=1, epochs=1, workers=1, seed=0)
+    check_least(options, plans=0 if options.join else FEWEST, seeds=1, epochs=1, workers=1, seed=0)
     task = load_task(options.task, pick_device(options.device))
     budgets = build_budgets(options.budget)
     check_reachable(task, budgets, options.cost)
     settings = settings_of(options)
     settings.elastic(task)  # refused here, where it is a sentence
-    for path in options.join:
-        joined(path, settings, task)
+    others = {one.plan.key for path in options.join for one in joined(path, settings, task)}
     random = np.random.default_rng(options.seed)
     plans = draw_over_range(prunable(task, options.cost), budgets, Sizes.of(options).plans, random, "l1")
-    if len({named.plan.key for named in plans}) < FEWEST:
+    if len(others | {named.plan.key for named in plans}) < FEWEST:
         raise UserError(
             f"the budgets {options.budget!r} hold only {len({p.plan.key for p in plans})} different plans; "
-            "give wider ranges"
+            f"with the {len(others)} that join it takes {FEWEST}: draw more, give wider ranges, or join more"
         )
     searched: list[Searched] = []
     for path in options.found:
@@ -291,22 +295,44 @@ def plan_of_run(path: Path, task: Task) -> tuple[NamedPlan, Searched]:
     return named, Searched(cost, {agent: float(share) for agent, share in budgets.items()})
 
 
-def joined(path: Path, settings: Settings, task: Task) -> list[TrialResult]:
-    """What another study has finetuned beside pruned discriminators, under the same settings.
+class Known(NamedTuple):
+    """A plan that another study has finetuned.
+
+    Attributes:
+        plan: its widths.
+        kid: what finetuning made of it.
+        key: two of the same key are one finetuning.
+    """
+
+    plan: Plan
+    kid: float
+    key: Hashable
+
+
+def joined(path: Path, settings: Settings, task: Task) -> list[Known]:
+    """What others have finetuned beside pruned discriminators, under the same settings.
 
     Raises:
         UserError: no finetuned plans there, or finetuned under other settings.
     """
+    if path.is_file():
+        surrogate = load_surrogate(path)
+        fitting(surrogate, path, prunable(task), settings.weights_hash(task), FORMULAS)
+        return [Known(example.plan, example.metric, example.plan.key) for example in surrogate.examples]
     logs = [path / name for name in ("finetuned.jsonl", "trials.jsonl") if (path / name).is_file()]
     if not logs:
         raise UserError(
             f"{path} holds no finetuned plans; --join takes folders of calibrate.py, discriminators.py "
-            "or survey.py"
+            "or survey.py, and files of predictions"
         )
     if logs[0].read_bytes().count(b"\n") < 2:
         raise UserError(f"{path} holds no finetuned plans yet; go on with it, or leave it out of --join")
     results = TrialLog(logs[0], settings.fingerprint(task)).results.values()
-    return [result for result in results if result.trial.discriminator == "pruned"]
+    return [_known(result) for result in results if result.trial.discriminator == "pruned"]
+
+
+def _known(result: TrialResult) -> Known:
+    return Known(result.trial.plan, result.row[KID], result.trial.key)
 
 
 def work(options: Options, folder: SurveyFolder, watch: Watch) -> None:
@@ -331,18 +357,18 @@ def collect(options: Options, folder: SurveyFolder) -> list[Finetuned]:
     settings = settings_of(options)
     task = load_task(settings.task, settings.device)
     own = TrialLog(folder.finetuned, settings.fingerprint(task)).results.values()
-    rows = [(FOUND if r.trial.label.startswith(FOUND) else OWN, r) for r in own]
-    for path in options.join:
-        rows += [(path.resolve().name, result) for result in joined(path, settings, task)]
+    rows = [(FOUND if r.trial.label.startswith(FOUND) else OWN, _known(r)) for r in own]
+    # folders before files: an example is the mean of finetunings that its folder may hold singly
+    for path in sorted(options.join, key=Path.is_file):
+        rows += [(path.resolve().name, one) for one in joined(path, settings, task)]
     found: dict[str, Finetuned] = {}
-    seen: set[tuple[str, int, str]] = set()
-    for source, result in rows:
-        if result.trial.key in seen:
+    seen: set[Hashable] = set()
+    for source, one in rows:
+        known = found.get(one.plan.key, Finetuned(source, one.plan, ()))
+        if one.key in seen or (known.kid and one.key == one.plan.key):
             continue
-        seen.add(result.trial.key)
-        plan, kid = result.trial.plan, result.row[KID]
-        known = found.get(plan.key, Finetuned(source, plan, ()))
-        found[plan.key] = Finetuned(known.source, plan, (*known.kid, kid))
+        seen.add(one.key)
+        found[one.plan.key] = Finetuned(known.source, one.plan, (*known.kid, one.kid))
     return list(found.values())
 
 
@@ -374,6 +400,10 @@ def fit(
     settings = settings_of(options)
     task = load_task(settings.task, settings.device)
     scope = Scope(settings.weights_hash(task), KID, FORMULAS)
+    searched = [Searched(**one) for one in read_json(folder.searched)]
+    for path in options.join:
+        if path.is_file():
+            searched += [one for one in load_surrogate(path).searched if one not in searched]
     channels = {agent: [group.channels for group in task.groups[agent]] for agent in AGENTS}
     return Surrogate.fitted(
         [one.plan for one in plans],
@@ -382,7 +412,7 @@ def fit(
         read_json(folder.dense)[KID],
         channels,
         scope,
-        [Searched(**one) for one in read_json(folder.searched)],
+        searched,
     )
 
 

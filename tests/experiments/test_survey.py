@@ -17,6 +17,7 @@ from experiments.candidates import NamedPlan, draw_over_range
 from experiments.figures import Cloud, calibration
 from experiments.survey import KID, Finetuned, Options, SurveyFolder, collect
 from experiments.trials import Settings, Trial, TrialLog, TrialResult
+from gan.errors import UserError
 from gan.plans import Plan
 from gan.surrogate import Searched, load_surrogate
 from gan.tasks import Task
@@ -106,6 +107,41 @@ def test_the_road_and_its_resume(tiny: Task, tmp_path: Path) -> None:
     assert (folder.table.read_text(), folder.finetuned.read_bytes()) == before
 
 
+def test_predictions_join_with_their_examples(tiny: Task, tmp_path: Path) -> None:
+    survey.main(replace(OPTIONS, output=tmp_path / "first"))
+    first = SurveyFolder(tmp_path / "first")
+    random = np.random.default_rng(5)
+    budgets = survey.build_budgets(OPTIONS.budget)
+    others = [one.plan for one in draw_over_range(prunable(tiny, "macs"), budgets, 6, random, "l1")]
+    study = write_study(tmp_path / "other", tiny, [*others, load_surrogate(first.surrogate).examples[0].plan])
+    led = json.loads(first.surrogate.read_text())
+    led["searched"] = [{"cost": "macs", "budgets": {"generator": 0.5, "discriminator": 0.5}}]
+    first.surrogate.write_text(json.dumps(led))
+    join = (first.surrogate, study)
+    survey.main(replace(OPTIONS, plans=0, join=join, output=tmp_path / "second"))
+    second = load_surrogate(SurveyFolder(tmp_path / "second").surrogate)
+    old = {example.plan.key: example for example in load_surrogate(first.surrogate).examples}
+    new = {example.plan.key: example for example in second.examples}
+    assert set(new) == set(old) | {plan.key for plan in others}
+    for key in set(old) - {plan.key for plan in others}:
+        assert new[key].gaps == pytest.approx(old[key].gaps)
+    # the study holds this plan's finetunings singly, so that the file's mean of them does not count again
+    twice = load_surrogate(first.surrogate).examples[0].plan
+    assert new[twice.key].metric == pytest.approx(kid_of(twice) * 1.0005)
+    assert second.searched == (Searched("macs", {"generator": 0.5, "discriminator": 0.5}),)
+
+
+def test_a_file_of_other_predictions_is_refused(tiny: Task, tmp_path: Path) -> None:
+    survey.main(replace(OPTIONS, output=tmp_path / "first"))
+    file = SurveyFolder(tmp_path / "first").surrogate
+    other = json.loads(file.read_text())
+    other["scope"]["weights"] = "0123"
+    (tmp_path / "other.json").write_text(json.dumps(other))
+    with pytest.raises(UserError, match=r"predictions of .*other\.json are for other networks"):
+        survey.main(replace(OPTIONS, plans=0, join=(tmp_path / "other.json",), output=tmp_path / "second"))
+    assert not (tmp_path / "second").exists()
+
+
 def own_keys(folder: SurveyFolder) -> set[str]:
     return {Plan.from_dict(item).key for item in json.loads(folder.plans.read_text())}
 
@@ -178,7 +214,10 @@ def test_studies_under_other_settings_are_refused(tiny: Task, tmp_path: Path) ->
     [
         ("--plans 4", "--plans is 4; it must be 8 or more"),
         ("--seeds 0", "--seeds is 0"),
-        ("--budget 1 --plans 16", "different plans; give wider ranges"),
+        (
+            "--budget 1 --plans 16",
+            "different plans; with the 0 that join it takes 8: draw more, give wider ranges",
+        ),
         ("--seed -1", "--seed is -1"),
         ("--budget 0.000001", "cannot be reached"),
         ("--join nowhere", "nowhere holds no finetuned plans"),
