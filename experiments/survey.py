@@ -183,7 +183,7 @@ class Finetuned:
     """A plan whose end is known.
 
     Attributes:
-        source: ``survey``, ``found``, or the name of the folder that it came from.
+        source: ``survey``, ``found``, or the name of the folder or file that it came from.
         plan: its widths.
         kid: (n,) one per seed, of the first study that has it: a seed repeated says nothing new.
     """
@@ -360,7 +360,7 @@ def collect(options: Options, folder: SurveyFolder) -> list[Finetuned]:
     rows = [(FOUND if r.trial.label.startswith(FOUND) else OWN, _known(r)) for r in own]
     # folders before files: an example is the mean of finetunings that its folder may hold singly
     for path in sorted(options.join, key=Path.is_file):
-        rows += [(path.resolve().name, one) for one in joined(path, settings, task)]
+        rows += [(path.stem if path.is_file() else path.name, one) for one in joined(path, settings, task)]
     found: dict[str, Finetuned] = {}
     seen: set[Hashable] = set()
     for source, one in rows:
