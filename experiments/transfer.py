@@ -92,6 +92,11 @@ def read_target(path: Path, options: Mapping[str, Any]) -> Target:
     best = read_json(folder.plan)["best"]
     fixed_shares(build_budgets(options["budget"], best["widths"]), options["budget"])
     known = read_json(folder.options)
+    if "warm_up" not in known:  # a run of compare.py holds its own elastic weights, or has none
+        known["warm_up"] = "its own" if folder.elastic.exists() else 0
+    agents = tuple(best["widths"])
+    for one in (known, options := dict(options)):
+        one["budget"] = build_budgets(one["budget"], agents)
     other = [flag(name) for name in SAME if known.get(name) != options.get(name)]
     if other:
         raise UserError(f"--reference {path} searched another problem; it differs in {', '.join(other)}")

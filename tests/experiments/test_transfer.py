@@ -15,6 +15,7 @@ from experiments.runs import RunFolder, create_run, describe_run, plain, read_js
 from experiments.searching import Incumbent, find, learn, propose, write_plans
 from experiments.transfer import adopt, begin, find_policy, reached, read_target, write_transfer
 from gan.errors import UserError
+from gan.files import write_json
 
 OPTIONS = train_agents.Options(task="toy", evaluations=24, warm_up=0, reward="step")
 
@@ -112,6 +113,20 @@ def test_evaluations_saved(source: RunFolder, tmp_path: Path) -> None:
     content = read_json(folder.transfer)
     assert content["evaluations"] == 1  # zero-shot
     assert content["evaluations_saved"] == target.evaluations - 1
+
+
+def test_a_run_of_a_comparison_is_a_reference(source: RunFolder, tmp_path: Path) -> None:
+    folder = RunFolder(shutil.copytree(source.path, tmp_path / "mappo-s0"))
+    options = read_json(folder.options)
+    del options["warm_up"]
+    write_json(folder.options, {**options, "budget": "generator=0.1,discriminator=0.5"})
+    asked = {**plain(OPTIONS), "budget": "0.1"}
+    assert read_target(folder.path, asked).score == read_target(source.path, plain(OPTIONS)).score
+    with pytest.raises(UserError, match=r"it differs in --warm-up"):
+        read_target(folder.path, {**asked, "warm_up": 100})
+    folder.elastic.write_bytes(b"weights of its own")
+    with pytest.raises(UserError, match=r"it differs in --warm-up"):
+        read_target(folder.path, asked)
 
 
 def test_references_must_have_searched_the_same(source: RunFolder, tmp_path: Path) -> None:
