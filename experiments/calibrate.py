@@ -55,7 +55,7 @@ from experiments.runs import (
     read_json,
     read_options,
 )
-from experiments.trials import Settings, Trial, TrialLog, TrialResult, dense_row, run_trials
+from experiments.trials import Settings, Trial, TrialLog, TrialResult, absolute_weights, dense_row, run_trials
 from experiments.watch import Watch
 from gan.errors import UserError
 from gan.evaluation import KID
@@ -241,7 +241,7 @@ def open_study(options: Options) -> tuple[Options, StudyFolder]:
     check_reachable(task, budgets, options.cost)
     for weights in (options.elastic, *extra.values()):
         settings_of(options, weights).elastic(task)
-    options = replace(options, elastic=_absolute(options.elastic))
+    options = replace(options, elastic=absolute_weights(options.elastic))
     networks = prunable(task, options.cost)
     if options.surrogate is not None:
         options = replace(options, surrogate=options.surrogate.resolve())
@@ -301,10 +301,6 @@ def reopen_study(options: Options, path: Path) -> tuple[Options, StudyFolder]:
     return merged, folder
 
 
-def _absolute(weights: str) -> str:
-    return weights if weights in ("elastic", "dense") else str(Path(weights).resolve())
-
-
 def score_files(texts: Sequence[str]) -> dict[str, str]:
     """``NAME=FILE …`` → name → file, absolute, or ``elastic`` or ``dense``.
 
@@ -320,7 +316,7 @@ def score_files(texts: Sequence[str]) -> dict[str, str]:
             )
         if name == OWN or name in files:
             raise UserError(f"--score-with names {name!r} twice; {OWN!r} are the study's own weights")
-        files[name] = _absolute(file)
+        files[name] = absolute_weights(file)
     return files
 
 

@@ -43,7 +43,7 @@ from experiments.runs import (
     read_json,
     resumed_options,
 )
-from experiments.trials import Settings, Trial, TrialResult, run_trials
+from experiments.trials import Settings, Trial, TrialResult, absolute_weights, run_trials
 from experiments.watch import Watch
 from gan.evaluation import KID
 from gan.evaluations import CountedScorer, EvaluationLog, PrunableNetwork
@@ -174,8 +174,7 @@ def open_study(options: Options) -> tuple[Options, RunFolder]:
         check_reachable(networks[agent], shares[agent], agent)
     for share in (*options.shares, *shares.values()):  # as choose cuts it
         check_reachable(networks["discriminator"], share, "discriminator")
-    if options.elastic not in ("elastic", "dense"):
-        options = replace(options, elastic=str(Path(options.elastic).resolve()))
+    options = replace(options, elastic=absolute_weights(options.elastic))
     settings_of(options).elastic(task)
     options = replace(options, found=tuple(path.resolve() for path in options.found))
     generator_plans(options, networks)

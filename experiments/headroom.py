@@ -17,7 +17,6 @@ import torch
 from rich.console import Console
 from tyro.conf import UseAppendAction
 
-from agents.registry import RULES
 from envs.budget import Budget, budget_ends, kind_of
 from envs.pruning_env import PruningEnv
 from envs.rewards import Weights
@@ -48,7 +47,7 @@ from experiments.runs import (
     read_json,
     resumed_options,
 )
-from experiments.searching import propose
+from experiments.searching import find
 from experiments.trials import Settings, Trial, TrialResult, run_trials
 from experiments.watch import Watch
 from gan.cost import CostKind
@@ -358,9 +357,7 @@ def search(cell: Cell, folder: CellFolder, options: Options, watch: Watch) -> di
         learner = build_learner(options.algo, options.seed, None)
         learner.learn(env)
         env.listener = None
-    # A rule has one plan: where it is worse than uniform, uniform would be finetuned under its name.
-    ruled = propose(env, learner).plan if options.algo in RULES else None
-    return compare_plans(env, options.shapes, ruled)
+    return compare_plans(env, options.shapes, find(env, learner)["best"].plan)
 
 
 class SearchBar:

@@ -44,7 +44,7 @@ from experiments.runs import (
     read_options,
     resumed_options,
 )
-from experiments.trials import Settings, Trial, TrialLog, TrialResult, dense_row, run_trials
+from experiments.trials import Settings, Trial, TrialLog, TrialResult, absolute_weights, dense_row, run_trials
 from experiments.watch import Watch
 from gan.errors import UserError
 from gan.evaluation import KID
@@ -232,8 +232,7 @@ def open_survey(options: Options) -> tuple[Options, RunFolder]:
     """
     # absolute, so that it is resumed from wherever one is
     options = replace(options, join=tuple(path.resolve() for path in options.join))
-    if options.elastic not in ("elastic", "dense"):
-        options = replace(options, elastic=str(Path(options.elastic).resolve()))
+    options = replace(options, elastic=absolute_weights(options.elastic))
     if options.resume is not None:
         made = open_run(options.resume)
         if not SurveyFolder(made.path).plans.is_file():

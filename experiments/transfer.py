@@ -90,14 +90,14 @@ def read_target(path: Path, options: Mapping[str, Any]) -> Target:
     folder = open_run(path)
     folder.require(folder.plan, folder.metrics)
     best = read_json(folder.plan)["best"]
-    fixed_shares(build_budgets(options["budget"], best["widths"]), options["budget"])
+    agents = tuple(best["widths"])
+    asked = {**options, "budget": build_budgets(options["budget"], agents)}
+    fixed_shares(asked["budget"], options["budget"])
     known = read_json(folder.options)
+    known["budget"] = build_budgets(known["budget"], agents)
     if "warm_up" not in known:  # a run of compare.py holds its own elastic weights, or has none
         known["warm_up"] = "its own" if folder.elastic.exists() else 0
-    agents = tuple(best["widths"])
-    for one in (known, options := dict(options)):
-        one["budget"] = build_budgets(one["budget"], agents)
-    other = [flag(name) for name in SAME if known.get(name) != options.get(name)]
+    other = [flag(name) for name in SAME if known.get(name) != asked.get(name)]
     if other:
         raise UserError(f"--reference {path} searched another problem; it differs in {', '.join(other)}")
     if folder.source.is_dir():

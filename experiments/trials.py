@@ -109,6 +109,11 @@ class TrialResult:
         return cls(trial, raw, row, mean, spread, seconds, margins, test)
 
 
+def absolute_weights(weights: str) -> str:
+    """``elastic``, ``dense``, or the absolute path of a file, so that a study is resumed from anywhere."""
+    return weights if weights in ("elastic", "dense") else str(Path(weights).resolve())
+
+
 @dataclass(frozen=True)
 class Settings:
     """What all trials of one log share.

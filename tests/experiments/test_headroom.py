@@ -87,7 +87,7 @@ def test_a_rule_is_finetuned_by_its_own_plan_however_it_scores(
     steep = {agent: np.geomspace(9, 1, len(one.groups)) for agent, one in env.scorer.networks.items()}
     poor = env.evaluate(env.plan_from_proportions(steep), counted=False)
     assert poor.potential < 0
-    learner = SimpleNamespace(learn=lambda _: None, propose=lambda *_: poor.plan)
+    learner = SimpleNamespace(name=algo, learn=lambda _: None, propose=lambda *_: poor.plan)
     monkeypatch.setattr(headroom, "build_env", lambda *_, **__: env)
     monkeypatch.setattr(headroom, "build_learner", lambda *_: learner)
     monkeypatch.setattr(Task, "scorer", lambda *_, **__: None)
