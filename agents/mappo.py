@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from stable_baselines3 import PPO
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from agents.base import (
     resolve_budgets,
     write_description,
 )
+from agents.elites import ElitePPO, WideBeginning
 from agents.learning import (
     ENDLESS,
     GAE_LAMBDA,
@@ -63,6 +63,11 @@ class MappoOptions:
         clip: largest change of a probability ratio in one update.
         entropy: weight of the entropy bonus.
         std: initial standard deviation of actions; 1 is a move by the factor 3.
+        explore: share of the evaluations, in [0, 1], during which a new policy's actions vary more: a good
+            region that is far from uniform pruning has to be met before it can be learned.
+        wide: their standard deviation then.
+        elites: best episodes that are imitated after every update, ≥ 0; see :mod:`agents.elites`.
+        imitation: passes over them.
         hidden: width of the one hidden layer of every network.
         waves: sines and cosines of the group's position that the actor sees beside its vector, ≥ 0. A small
             network is smooth in the position, but neighbouring layers may want opposite moves.
@@ -77,6 +82,10 @@ class MappoOptions:
     clip: float = 0.2
     entropy: float = 0.0
     std: float = 0.4
+    explore: float = 0.15
+    wide: float = 1.0
+    elites: int = 8
+    imitation: int = 4
     hidden: int = 64
     waves: int = 6
 
@@ -86,12 +95,15 @@ class MappoOptions:
         for name in ("episodes", "epochs", "minibatches", "hidden"):
             if getattr(self, name) < 1:
                 raise UserError(f"{name} must be at least 1; got {getattr(self, name)}")
-        for name in ("learning_rate", "clip", "std"):
+        for name in ("learning_rate", "clip", "std", "wide"):
             if not 0 < getattr(self, name) < math.inf:
                 raise UserError(f"{name} must be above 0; got {getattr(self, name)}")
-        known = self.gae_lambda is None or 0 <= self.gae_lambda <= 1
-        if not (known and self.entropy >= 0 and self.waves >= 0):
-            raise UserError(f"gae_lambda must be in [0, 1], entropy and waves at least 0; got {self}")
+        for name in ("entropy", "waves", "elites", "imitation"):
+            if not getattr(self, name) >= 0:
+                raise UserError(f"{name} must be at least 0; got {getattr(self, name)}")
+        for name, share in (("gae_lambda", self.gae_lambda), ("explore", self.explore)):
+            if share is not None and not 0 <= share <= 1:
+                raise UserError(f"{name} must be in [0, 1]; got {share}")
 
 
 class Both(BaseFeaturesExtractor):
@@ -238,11 +250,14 @@ class Mappo:
         log = EpisodeLog(self.tensorboard)
         try:
             with private_randomness():
+                options = self.options
+                explore = options.explore if self.policy is None else 0.0  # one that is known goes on
                 ppo = self._build_ppo(TeamVecEnv(env))
                 ppo.set_logger(log.logger)
                 self.policy = ppo.policy  # type: ignore[assignment]
+                young = WideBeginning(env.scorer, explore, options.wide, options.std)
                 # log_interval: SB3 would add its own rows, over steps instead of evaluations
-                ppo.learn(ENDLESS, Progress(env.scorer, log), log_interval=None)  # type: ignore[arg-type]
+                ppo.learn(ENDLESS, [Progress(env.scorer, log), young], log_interval=None)  # type: ignore[arg-type]
         finally:
             log.close()
 
@@ -284,13 +299,16 @@ class Mappo:
             raise UserError(f"the policy in {folder} does not fit its options: {detail}") from error
         self.options, self.policy = options, policy
 
-    def _build_ppo(self, slots: TeamVecEnv) -> PPO:
+    def _build_ppo(self, slots: TeamVecEnv) -> ElitePPO:
         options = self.options
         steps = slots.env.horizon * options.episodes
         known = None if self.policy is None else self.policy.state_dict()
-        ppo = PPO(
+        ppo = ElitePPO(
             TeamPolicy,
             slots,
+            horizon=slots.env.horizon,
+            elites=options.elites,
+            imitation=options.imitation,
             learning_rate=options.learning_rate,
             n_steps=steps,
             batch_size=batch_size(steps * slots.num_envs, options.minibatches),

@@ -198,7 +198,6 @@ def finetuning_calls(task: Task) -> dict[str, Callable[[], object]]:
         agent: tuple(uniform_widths(networks[agent], share).tolist())
         for agent, share in zip(AGENTS, (SLICE, 0.5), strict=True)
     }
-    whole = {agent: tuple(group.channels for group in task.groups[agent]) for agent in AGENTS}
     dense = DensePair(task.networks["generator"], task.networks["discriminator"], task.groups["generator"])
     images = task.train.take(16)
     inputs, targets = images.tensors()
@@ -215,7 +214,7 @@ def finetuning_calls(task: Task) -> dict[str, Callable[[], object]]:
 
     native = replace(options, distillation=0.0)
     calls = {
-        "dense pair, native": step_of(whole, native, NO_INGREDIENTS),
+        "dense pair, native": step_of(task.dense_widths, native, NO_INGREDIENTS),
         "native": step_of(plans, native, NO_INGREDIENTS),
     }
     return calls | {name: step_of(plans, options, added) for name, added in INGREDIENTS.items()}
@@ -232,9 +231,8 @@ def train_steps(task: Task, uniform: dict[str, tuple[int, ...]]) -> dict[str, fl
         trainer = PairedTrainer(pair[0], pair[1], options, teacher)
         return median_seconds(lambda: trainer.step(inputs, targets, options.learning_rate), 8)
 
-    dense = {agent: tuple(group.channels for group in task.groups[agent]) for agent in AGENTS}
     result = {
-        "dense pair": step_of(dense, TrainingOptions()),
+        "dense pair": step_of(task.dense_widths, TrainingOptions()),
         "uniform slice, native losses": step_of(uniform, TrainingOptions()),
         "uniform slice, with output distillation": step_of(uniform, FINETUNING),
     }

@@ -311,5 +311,5 @@ def _widths_of(network: nn.Module, task: Task, agent: str, plan: Plan) -> tuple[
     """The plan's widths, or the dense ones where the dense discriminator took the pruned one's place."""
     shapes = [[p.shape for p in one.parameters()] for one in (network, task.networks[agent])]
     if shapes[0] == shapes[1]:
-        return tuple(group.channels for group in task.groups[agent])
+        return task.dense_widths[agent]
     return plan[agent]

@@ -531,29 +531,11 @@ def check_surrogate(options: Options, task: Task) -> None:
     """Refuse predictions for another study before its plans are finetuned, not when it is reported on.
 
     Raises:
-        UserError: see :func:`fitting`.
+        UserError: they are for other networks, elastic weights or formulas.
     """
     assert options.surrogate is not None
     weights = settings_of(options, options.elastic).weights_hash(task)
-    fitting(load_surrogate(options.surrogate), options.surrogate, prunable(task), weights, FORMULAS)
-
-
-def fitting(
-    given: Surrogate, path: Path, networks: Mapping[str, PrunableNetwork], weights: str, formulas: str
-) -> Surrogate:
-    """The predictions of a file, where they are for these networks, elastic weights and formulas.
-
-    Raises:
-        UserError: they are for others.
-    """
-    channels = {agent: tuple(network.channels.tolist()) for agent, network in networks.items()}
-    mine = (channels, weights, formulas)
-    if mine != (given.channels, given.scope.weights, given.scope.formulas):
-        raise UserError(
-            f"the predictions of {path} are for other networks, elastic weights or formulas than this study; "
-            "use those of its task"
-        )
-    return given
+    load_surrogate(options.surrogate).fit_for(options.surrogate, task.dense_widths, weights, FORMULAS)
 
 
 def fitting_surrogate(path: Path, folder: StudyFolder, networks: Mapping[str, PrunableNetwork]) -> Surrogate:
@@ -566,7 +548,8 @@ def fitting_surrogate(path: Path, folder: StudyFolder, networks: Mapping[str, Pr
     weights = given.scope.weights
     if folder.dense.is_file():
         weights = read_json(folder.dense)["weights"]
-    return fitting(given, path, networks, weights, str(header.get("formulas", given.scope.formulas)))
+    channels = {agent: network.channels.tolist() for agent, network in networks.items()}
+    return given.fit_for(path, channels, weights, str(header.get("formulas", given.scope.formulas)))
 
 
 def fit_surrogate(

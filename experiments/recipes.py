@@ -341,7 +341,7 @@ def tables_of(
 
 def dense_plan(task: Task) -> Plan:
     """Everything is kept."""
-    return Plan.of({agent: [group.channels for group in task.groups[agent]] for agent in AGENTS}, "l1")
+    return Plan.of(task.dense_widths, "l1")
 
 
 def finetune(

@@ -75,8 +75,10 @@ def latency_errors(task: Task, plans: Mapping[str, Plan], rounds: int = 10) -> L
     """
     found: dict[str, dict[str, dict[str, float]]] = {}
     for agent, network in task.networks.items():
-        channels = [group.channels for group in task.groups[agent]]
-        named = {"dense": channels, **{name: list(plan[agent]) for name, plan in plans.items()}}
+        named = {
+            "dense": list(task.dense_widths[agent]),
+            **{name: list(plan[agent]) for name, plan in plans.items()},
+        }
         widths = np.array(list(named.values()), dtype=np.int64)
         cost, example = task.cost_model(agent), [task.example(agent)]
         times = check_prediction(network, task.groups[agent], example, cost, widths, rounds=rounds)

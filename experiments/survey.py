@@ -29,7 +29,6 @@ from experiments.build import (
     prunable,
     with_latency,
 )
-from experiments.calibrate import fitting
 from experiments.candidates import NamedPlan, best_of_run, draw_over_range, found_plan
 from experiments.figures import MOST_SERIES, Cloud, calibration, save_figure
 from experiments.report import show_table
@@ -316,7 +315,7 @@ def joined(path: Path, settings: Settings, task: Task) -> list[Known]:
     """
     if path.is_file():
         surrogate = load_surrogate(path)
-        fitting(surrogate, path, prunable(task), settings.weights_hash(task), FORMULAS)
+        surrogate.fit_for(path, task.dense_widths, settings.weights_hash(task), FORMULAS)
         return [Known(example.plan, example.metric, example.plan.key) for example in surrogate.examples]
     logs = [path / name for name in ("finetuned.jsonl", "trials.jsonl") if (path / name).is_file()]
     if not logs:
@@ -403,13 +402,12 @@ def fit(
     for path in options.join:
         if path.is_file():
             searched += [one for one in load_surrogate(path).searched if one not in searched]
-    channels = {agent: [group.channels for group in task.groups[agent]] for agent in AGENTS}
     return Surrogate.fitted(
         [one.plan for one in plans],
         gaps,
         [statistics.fmean(one.kid) for one in plans],
         read_json(folder.dense)[KID],
-        channels,
+        task.dense_widths,
         scope,
         searched,
     )

@@ -239,6 +239,27 @@ class Surrogate:
         """True where the predictions may lead a search: agent → smallest and largest keep ratio."""
         return any(one.holds(cost, budgets) for one in self.searched)
 
+    def fit_for(
+        self, path: Path, channels: Mapping[str, Sequence[int]], weights: str, formulas: str
+    ) -> Surrogate:
+        """Itself, where it was fitted to plans of these networks.
+
+        Args:
+            path: where it was read from, to be named.
+            channels: agent → dense widths of its groups.
+            weights, formulas: see :class:`Scope`.
+
+        Raises:
+            UserError: it was fitted to plans of others.
+        """
+        wanted = {agent: tuple(widths) for agent, widths in channels.items()}
+        if (wanted, weights, formulas) != (self.channels, self.scope.weights, self.scope.formulas):
+            raise UserError(
+                f"the predictions of {path} are for other networks, elastic weights or formulas than this "
+                "study; use those of its task"
+            )
+        return self
+
     def leave_one_out(self) -> list[tuple[float, float]]:
         """What the process says of each example when it has not seen it."""
         places = np.arange(len(self.examples))

@@ -205,6 +205,11 @@ class Task:
             }
         return replace(self, latency=tables)
 
+    @property
+    def dense_widths(self) -> dict[str, tuple[int, ...]]:
+        """Agent → width of each channel group before pruning, in forward order."""
+        return {agent: tuple(group.channels for group in self.groups[agent]) for agent in AGENTS}
+
     def ordered(self) -> dict[str, ElasticNetwork]:
         """The dense weights with their channels in order of importance."""
         return {agent: order_channels(self.networks[agent], self.groups[agent]) for agent in AGENTS}

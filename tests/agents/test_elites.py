@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from agents.elites import ElitePPO, Remembered
+from agents.learning import private_randomness
+from agents.mappo import Mappo
+from agents.vec_env import TeamVecEnv
+from envs.pruning_env import PruningEnv, Reward
+from envs.toy import toy_env
+from gan.errors import UserError
+
+
+def rolled_out(reward: Reward = "final", episodes: int = 3, **options: object) -> tuple[ElitePPO, PruningEnv]:
+    """A trainer after its first rollout and update, and its environment."""
+    env = toy_env(1000, reward)
+    with private_randomness():
+        ppo = Mappo(episodes=episodes, **options)._build_ppo(TeamVecEnv(env))
+        ppo.learn(1)
+    return ppo, env
+
+
+@pytest.mark.parametrize("reward", ["final", "step"])
+def test_episodes_are_remembered_as_they_were_played(reward: Reward) -> None:
+    env = toy_env(1000, reward)
+    slots = TeamVecEnv(env)
+    played: list[tuple[np.ndarray, float]] = []
+    original = slots.step_wait
+
+    def watched() -> object:
+        actions = slots._actions
+        assert actions is not None
+        result = original()
+        played.append((actions.copy(), float(result[1][0])))
+        return result
+
+    slots.step_wait = watched  # type: ignore[method-assign, assignment]
+    with private_randomness():
+        ppo = Mappo(episodes=3)._build_ppo(slots)
+        ppo.learn(1)
+    horizon, agents = env.horizon, slots.num_envs
+    assert len(ppo.episodes) == 3
+    for number, episode in enumerate(ppo.episodes):
+        steps = played[number * horizon : (number + 1) * horizon]
+        acted = np.concatenate([actions for actions, _ in steps])
+        np.testing.assert_allclose(episode.actions.numpy().clip(-1, 1), acted, atol=1e-6)
+        to_come = np.cumsum([paid for _, paid in steps][::-1])[::-1]
+        np.testing.assert_allclose(episode.returns.numpy(), np.repeat(to_come, agents), rtol=1e-4, atol=1e-5)
+        assert all(len(values) == horizon * agents for values in episode.observations.values())
+
+
+def test_the_best_are_those_above_what_the_critic_expects() -> None:
+    ppo, _ = rolled_out(episodes=4)
+    totals = [episode.total for episode in ppo.episodes]
+    assert [episode.total for episode in ppo.best(4)] == sorted(totals, reverse=True)  # one budget, one start
+
+    # A start that the critic expects more of: the same return is less of a surplus there.
+    poor = ppo.episodes[int(np.argmin(totals))]
+    richer = {part: values + 3.0 for part, values in poor.observations.items()}
+
+    def expected(observations: dict[str, torch.Tensor]) -> float:
+        first = {part: values[:1] for part, values in observations.items()}
+        with torch.no_grad():
+            return float(ppo.policy.predict_values(first))
+
+    gain = expected(richer) - expected(poor.observations)
+    twins = [poor, Remembered(richer, poor.actions, poor.returns)]
+    ppo.episodes = twins
+    assert ppo.best(1)[0] is twins[0 if gain > 0 else 1]
+    assert gain != 0
+
+
+def test_imitation_makes_the_best_episodes_likelier_and_leaves_the_critic_alone() -> None:
+    ppo, _ = rolled_out(episodes=6)
+    best = ppo.best(2)
+    observations = {part: torch.cat([e.observations[part] for e in best]) for part in best[0].observations}
+    actions = torch.cat([episode.actions for episode in best])
+
+    def likelihood() -> float:
+        with torch.no_grad():
+            return float(ppo.policy.evaluate_actions(observations, actions)[1].mean())
+
+    critic = [parameter.clone() for parameter in ppo.policy.mlp_extractor.critic.parameters()]
+    before = likelihood()
+    with private_randomness():
+        for _ in range(5):
+            ppo._imitate(best)
+    assert likelihood() > before
+    after = ppo.policy.mlp_extractor.critic.parameters()
+    assert all(torch.equal(old, new) for old, new in zip(critic, after, strict=True))
+
+
+def test_without_elites_nothing_is_remembered() -> None:
+    for options in ({"elites": 0}, {"imitation": 0}):
+        ppo, _ = rolled_out(**options)
+        assert ppo.episodes == []
+
+
+def test_actions_vary_more_only_while_the_search_is_young() -> None:
+    deviations: list[tuple[int, float]] = []
+    env = toy_env(80, "final")
+    agent = Mappo(episodes=4, explore=0.2, wide=0.9, std=0.3, learning_rate=1e-9, imitation=0)
+
+    class Watch:
+        def on_plan(self, evaluation: object) -> None:
+            assert agent.policy is not None
+            deviations.append((env.scorer.evaluations, float(agent.policy.log_std.detach().exp())))
+
+        def on_episode(self, episode: object) -> None:
+            pass
+
+    env.listener = Watch()  # type: ignore[assignment]
+    agent.learn(env)
+    young = [deviation for evaluations, deviation in deviations if evaluations <= 16]
+    old = [deviation for evaluations, deviation in deviations if evaluations > 16 + 4]
+    assert young == pytest.approx([0.9] * len(young), rel=1e-4)
+    assert old == pytest.approx([0.3] * len(old), rel=1e-4)
+    assert young
+    assert old
+
+
+def test_a_policy_that_has_learned_keeps_its_own_deviation() -> None:
+    agent = Mappo(episodes=2)
+    agent.learn(toy_env(60, "final"))
+    assert agent.policy is not None
+    learned = float(agent.policy.log_std.detach())
+    agent.learn(toy_env(1, "final"))  # too short for an update
+    assert float(agent.policy.log_std.detach()) == learned
+
+
+@pytest.mark.parametrize(
+    "options", [{"elites": -1}, {"imitation": -1}, {"explore": 1.5}, {"wide": 0.0}, {"entropy": -0.1}]
+)
+def test_impossible_options_are_refused(options: dict[str, float]) -> None:
+    with pytest.raises(UserError, match=next(iter(options))):
+        Mappo(**options)
