@@ -9,6 +9,7 @@ update, as far as they were better than the critic expects: Oh et al., "Self-Imi
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -26,6 +27,8 @@ MINIBATCHES = 2
 """Parts of a pass over the imitated episodes."""
 RECENT = 64
 """Episodes whose returns give the unit of a surplus."""
+MOST = 256
+"""Episodes that are remembered; of more, the best stay."""
 
 
 class Remembered(NamedTuple):
@@ -66,15 +69,20 @@ class ElitePPO(PPO):
     def __init__(self, *args: Any, horizon: int, elites: int, imitation: int, **options: Any) -> None:
         self.horizon, self.elites, self.imitation = horizon, elites, imitation
         self.episodes: list[Remembered] = []
+        self._recent: deque[float] = deque(maxlen=RECENT)  # returns
         super().__init__(*args, **options)
 
     def train(self) -> None:
         """PPO's update, then imitation."""
         if self.elites and self.imitation:
-            self.episodes += self._finished()  # before PPO shuffles its buffer
+            finished = self._finished()  # before PPO shuffles its buffer
+            self.episodes += finished
+            self._recent.extend(episode.total for episode in finished)
         super().train()
         if self.episodes:
             self._imitate(self.best(self.elites))
+            if len(self.episodes) > MOST:
+                self.episodes = self.best(MOST)
 
     def best(self, count: int) -> list[Remembered]:
         """The remembered episodes that exceed most what the critic expects at their start, the best first."""
@@ -107,7 +115,7 @@ class ElitePPO(PPO):
         observations = {part: torch.cat([e.observations[part] for e in episodes]) for part in parts}
         actions = torch.cat([episode.actions for episode in episodes])
         returns = torch.cat([episode.returns for episode in episodes])
-        unit = torch.tensor([episode.total for episode in self.episodes[-RECENT:]]).std(correction=0)
+        unit = torch.tensor(list(self._recent)).std(correction=0)
         with torch.no_grad():
             surplus = returns - self.policy.predict_values(observations).flatten()
         weights = (surplus / unit.clamp(min=1e-6)).clamp(0.0, SURPLUS_BOUND)
