@@ -59,7 +59,7 @@ class ElitePPO(PPO):
     Args:
         args: as of SB3's PPO; ``n_steps`` must be a multiple of the horizon.
         horizon: steps of every episode.
-        elites: episodes that are imitated, ≥ 1; 0 imitates none.
+        elites: episodes that are imitated, ≥ 0.
         imitation: passes over them after each update.
         options: as of SB3's PPO.
     """
@@ -80,9 +80,10 @@ class ElitePPO(PPO):
             self._recent.extend(episode.total for episode in finished)
         super().train()
         if self.episodes:
-            self._imitate(self.best(self.elites))
-            if len(self.episodes) > MOST:
-                self.episodes = self.best(MOST)
+            ranked = self.best(len(self.episodes))
+            self._imitate(ranked[: self.elites])
+            if len(ranked) > MOST:
+                self.episodes = ranked[:MOST]
 
     def best(self, count: int) -> list[Remembered]:
         """The remembered episodes that exceed most what the critic expects at their start, the best first."""

@@ -9,9 +9,9 @@ from agents.learning import private_randomness
 from agents.mappo import Mappo
 from agents.vec_env import TeamVecEnv
 from envs.pruning_env import PruningEnv, Reward
-from envs.records import Episode
 from envs.toy import toy_env
 from gan.errors import UserError
+from tests.agents.conftest import Recorded
 
 
 def rolled_out(reward: Reward = "final", episodes: int = 3, **options: object) -> tuple[ElitePPO, PruningEnv]:
@@ -93,22 +93,13 @@ def test_imitation_makes_the_best_episodes_likelier_and_leaves_the_critic_alone(
     assert all(torch.equal(old, new) for old, new in zip(critic, after, strict=True))
 
 
-def test_of_many_episodes_the_best_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_many_episodes_the_best_stay(recorded: Recorded, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("agents.elites.MOST", 5)
-    env = toy_env(1000, "final")
-    returns: list[float] = []
-
-    class Watch:
-        def on_plan(self, evaluation: object) -> None:
-            pass
-
-        def on_episode(self, episode: Episode) -> None:
-            returns.append(episode.return_)
-
-    env.listener = Watch()  # type: ignore[assignment]
+    env, recorder = recorded(1000, reward="final")
     with private_randomness():
         ppo = Mappo(episodes=4, elites=2)._build_ppo(TeamVecEnv(env))
         ppo.learn(3 * 4 * env.horizon * 2)
+    returns = [episode.return_ for episode in recorder.episodes]
     assert len(returns) == 12
     assert sorted(episode.total for episode in ppo.episodes) == pytest.approx(sorted(returns)[-5:], rel=1e-4)
 
