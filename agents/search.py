@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -143,7 +144,7 @@ class Coordinates:
         return point
 
 
-class DirectSearch:
+class DirectSearch(ABC):
     """What direct searches share: generations of plans until the evaluations are spent.
 
     The projection makes every point a feasible plan, so there are no constraints. Points that differ by less
@@ -171,6 +172,7 @@ class DirectSearch:
         self._best: dict[str, Points] | None = None  # None is uniform
         self._potential = 0.0
 
+    @abstractmethod
     def start(self, point: Points, rng: np.random.Generator, restart: int) -> Optimiser:
         """A new optimiser around a point (n,).
 
@@ -179,7 +181,6 @@ class DirectSearch:
             rng: all of its randomness.
             restart: how often the search has been started anew, from 0.
         """
-        raise NotImplementedError
 
     def learn(self, env: PruningEnv) -> None:
         """Search until the evaluations are spent, also in the middle of a generation.
