@@ -2,7 +2,7 @@
 PYTHON ?= python3
 VENV ?= .venv
 ARGS ?=
-TEST_ARGS ?= -n auto --maxprocesses 4
+TEST_ARGS ?= -n auto --maxprocesses 4 --dist worksteal
 RUN := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 

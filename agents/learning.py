@@ -13,6 +13,7 @@ import torch
 from stable_baselines3.common.callbacks import BaseCallback
 
 from agents.tensorboard import EpisodeLog
+from envs.budget import LARGEST_MOVE
 from envs.observations import LOCAL_FIELDS, STATE_FIELDS
 from envs.pruning_env import Reward
 from gan.errors import UserError
@@ -65,22 +66,22 @@ def private_randomness() -> Iterator[None]:
         np.random.set_state(numpy)  # noqa: NPY002
 
 
-def describe_observations() -> dict[str, list[str]]:
-    """What a policy's description says of the observations that it was trained on."""
-    return {"local": LOCAL_NAMES, "state": STATE_NAMES}
+def describe_interface() -> dict[str, Any]:
+    """What a policy's description says of what it sees and of what its actions do."""
+    return {"local": LOCAL_NAMES, "state": STATE_NAMES, "largest_move": LARGEST_MOVE}
 
 
-def check_observations(folder: Path, content: Mapping[str, Any]) -> None:
-    """Refuse a policy that was trained on other observations.
+def check_interface(folder: Path, content: Mapping[str, Any]) -> None:
+    """Refuse a policy that was trained on other observations, or whose actions did something else.
 
     Args:
         folder: where it lies.
         content: its description.
 
     Raises:
-        UserError: with the names that differ.
+        UserError: with what differs.
     """
-    for part, expected in describe_observations().items():
+    for part, expected in (("local", LOCAL_NAMES), ("state", STATE_NAMES)):
         found = content.get(part)
         if found == expected:
             continue
@@ -90,6 +91,12 @@ def check_observations(folder: Path, content: Mapping[str, Any]) -> None:
         raise UserError(
             f"the policy in {folder} was trained on other {part} observations than this version gives: "
             f"{detail}; train it again"
+        )
+    move = content.get("largest_move")
+    if move != LARGEST_MOVE:
+        raise UserError(
+            f"the largest action of the policy in {folder} changed a proportion by the factor "
+            f"{move or 'unknown'}, here it is {LARGEST_MOVE:g}; train it again"
         )
 
 

@@ -29,8 +29,8 @@ from agents.learning import (
     WEIGHTS,
     Progress,
     batch_size,
-    check_observations,
-    describe_observations,
+    check_interface,
+    describe_interface,
     private_randomness,
 )
 from agents.tensorboard import EpisodeLog
@@ -62,7 +62,7 @@ class MappoOptions:
             ``agents.learning.GAE_LAMBDA`` of the environment's reward.
         clip: largest change of a probability ratio in one update.
         entropy: weight of the entropy bonus.
-        std: initial standard deviation of actions; 1 is a move by the factor 3.
+        std: initial standard deviation of actions; 1 is a move by the factor ``envs.budget.LARGEST_MOVE``.
         explore: share of the evaluations, in [0, 1], during which a new policy's actions vary more: a good
             region that is far from uniform pruning has to be met before it can be learned.
         wide: their standard deviation then.
@@ -81,9 +81,9 @@ class MappoOptions:
     gae_lambda: float | None = None
     clip: float = 0.2
     entropy: float = 0.0
-    std: float = 0.4
+    std: float = 0.25
     explore: float = 0.15
-    wide: float = 1.0
+    wide: float = 0.6
     elites: int = 8
     imitation: int = 4
     hidden: int = 64
@@ -278,14 +278,14 @@ class Mappo:
         content = {
             "seed": self.seed,
             "options": asdict(self.options),
-            **describe_observations(),
+            **describe_interface(),
         }
         write_description(folder, self.name, content)
         save_tensors(folder / WEIGHTS, policy.state_dict())
 
     def load(self, folder: Path) -> None:
         content = read_description(folder, self.name)
-        check_observations(folder, content)
+        check_interface(folder, content)
         try:
             options = read_options(MappoOptions, self.name, content["options"])
         except (KeyError, TypeError) as error:

@@ -34,8 +34,8 @@ from agents.learning import (
     GAE_LAMBDA,
     WEIGHTS,
     batch_size,
-    check_observations,
-    describe_observations,
+    check_interface,
+    describe_interface,
     private_randomness,
 )
 from agents.tensorboard import EpisodeLog
@@ -76,12 +76,13 @@ class ControllerOptions:
         episodes: before the first update, and between updates of an on-policy learner; ≥ 1. SB3's defaults
             (2,048 steps a rollout, 100 random steps) are made for a thousand times as many steps. Off-policy
             learners mean plans that were scored: under ``step`` every step scores one.
-        std: standard deviation of the first actions, > 0; 1 is a move by the factor 3.
+        std: standard deviation of the first actions, > 0; 1 is a move by the factor
+            ``envs.budget.LARGEST_MOVE``.
         hidden: widths of the hidden layers of every network.
     """
 
     episodes: int = 8
-    std: float = 0.4
+    std: float = 0.25
     hidden: tuple[int, ...] = (64, 64)
 
     def __post_init__(self) -> None:
@@ -181,7 +182,7 @@ class Sb3:
             "algorithm": self.path,
             "options": {**asdict(self.options), **self.keywords},
             "agents": self.agents,
-            **describe_observations(),
+            **describe_interface(),
         }
         write_description(folder, self.name, content)
         if self.policy is not None:
@@ -189,7 +190,7 @@ class Sb3:
 
     def load(self, folder: Path) -> None:
         content = read_description(folder, self.name)
-        check_observations(folder, content)
+        check_interface(folder, content)
         try:
             found, agents = dict(content["options"]), int(content["agents"])
         except (KeyError, TypeError, ValueError) as error:

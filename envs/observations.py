@@ -72,18 +72,18 @@ LOCAL_FIELDS: tuple[Field, ...] = (
     Field("effective_channels", 0, 1, "exp(entropy of the importance) / channels; 1 = all alike"),
     Field("importance_kept", 0, 1, "share of the importance in the channels kept now"),
     Field("keep_ratio", 0, 1, "the proportion that action 0 keeps"),
-    Field("relative_keep_ratio", -2, 2, "log3(proportion / uniform plan's proportion)"),
-    Field("room_up", 0, 1, "log3(proportion of action 1 / proportion)"),
-    Field("room_down", 0, 1, "log3(proportion / proportion of action -1)"),
+    Field("relative_keep_ratio", -2, 2, "log(proportion / uniform plan's proportion), in largest moves"),
+    Field("room_up", 0, 1, "log(proportion of action 1 / proportion), in largest moves"),
+    Field("room_down", 0, 1, "log(proportion / proportion of action -1), in largest moves"),
     Field("last_action", -1, 1, "own last action; 0 before the first"),
-    Field("last_change", -1, 1, "log3(new / old width) of own last decision"),
+    Field("last_change", -1, 1, "log(new / old width) of own last decision, in largest moves"),
     # the peer's feedback: the adversary, and what the last joint step did
     Field("has_peer", 0, 1, "1 if the adversary is an agent whom one hears of; else its fields are 0"),
     Field("peer_budget", 0, 1, "the peer's budget"),
     Field("peer_mean_keep_ratio", 0, 1, "the peer's mean kept share of channels"),
     Field("peer_lap_left", 0, 1, "share of the peer's lap still to decide"),
     Field("peer_last_action", -1, 1, "the peer's last action; 0 before the first"),
-    Field("peer_last_change", -1, 1, "log3(new / old width) of the peer's last decision"),
+    Field("peer_last_change", -1, 1, "log(new / old width) of the peer's last decision, in largest moves"),
     Field("feedback_reward", -2, 2, "reward of the last joint step / sum of the weights; 0 under 'final'"),
     *(
         Field(
@@ -121,7 +121,7 @@ STATE_FIELDS: tuple[Field, ...] = (
                     f"{slot}.profile_{i}",
                     -2,
                     2,
-                    "log3(keep ratio / uniform plan's), resampled over the depth",
+                    "log(keep ratio / uniform plan's), in largest moves, over the depth",
                 )
                 for i in range(PROFILE_LENGTH)
             ),
@@ -204,8 +204,8 @@ def group_facts(network: PrunableNetwork) -> GroupFacts:
     )
 
 
-def log3(ratio: float | NDArray[np.float64]) -> NDArray[np.float64]:
-    """Logarithm to the base of the largest move: one decision moves a proportion by at most ± 1."""
+def in_moves(ratio: float | NDArray[np.float64]) -> NDArray[np.float64]:
+    """Logarithm to the base ``LARGEST_MOVE``: one decision moves a proportion by at most ± 1."""
     return np.log(ratio) / math.log(LARGEST_MOVE)
 
 
@@ -268,9 +268,9 @@ def observe_local(
         "effective_channels": facts.effective[g],
         "importance_kept": importance[: laps.widths[g]].sum() / importance.sum(),
         "keep_ratio": room.proportion,
-        "relative_keep_ratio": float(log3(room.proportion / laps.uniform.proportions[g])),
-        "room_up": float(log3(room.high / room.start)),
-        "room_down": float(log3(room.start / room.low)),
+        "relative_keep_ratio": float(in_moves(room.proportion / laps.uniform.proportions[g])),
+        "room_up": float(in_moves(room.high / room.start)),
+        "room_down": float(in_moves(room.start / room.low)),
         "last_action": laps.last_action,
         "last_change": laps.last_change / math.log(LARGEST_MOVE),
         "has_peer": 0.0,
@@ -308,7 +308,7 @@ def observe_state(
     values |= {"progress": feedback.progress, "potential": feedback.potential / feedback.weight}
     values |= {f"score_{_short(term)}": feedback.scores.get(term, 0.0) for term in FAMILIES}
     for slot, laps in slots.items():
-        profile = resample(log3(laps.proportions / laps.uniform.proportions))
+        profile = resample(in_moves(laps.proportions / laps.uniform.proportions))
         values |= {
             f"{slot}.mask": 1.0,
             f"{slot}.budget": laps.budget,

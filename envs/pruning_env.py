@@ -55,8 +55,8 @@ class PruningEnv(ParallelEnv[str, Vector, Vector]):
     | action | proportion |
     |---|---|
     | 0 | p, what rescaling gave |
-    | a > 0 | p (hi / p)^a, hi = min(3 p, 1, the largest that leaves the other free groups their minimum) |
-    | a < 0 | p (lo / p)^-a, lo = max(p / 3, one multiple, the smallest that the others can make up for) |
+    | a > 0 | p (hi / p)^a, hi = min(6 p, 1, the largest that leaves the other free groups their minimum) |
+    | a < 0 | p (lo / p)^-a, lo = max(p / 6, one multiple, the smallest that the others can make up for) |
 
     Actions beyond the box are clipped. All-zero actions are uniform pruning and return exactly 0. The single
     group of a network that has only one is set by the budget: its agent's actions are ignored.

@@ -201,6 +201,20 @@ def test_a_policy_of_other_observations_is_refused(tmp_path: Path) -> None:
         agent.load(tmp_path)
 
 
+@pytest.mark.parametrize(("moves", "said"), [({"largest_move": 3.0}, "factor 3.0"), ({}, "factor unknown")])
+def test_a_policy_whose_actions_moved_otherwise_is_refused(
+    tmp_path: Path, moves: dict[str, float], said: str
+) -> None:
+    agent = build_agent("mappo")
+    agent.save(tmp_path)
+    path = tmp_path / "agent.json"
+    content = json.loads(path.read_text())
+    del content["largest_move"]
+    path.write_text(json.dumps(content | moves))
+    with pytest.raises(UserError, match=said):
+        agent.load(tmp_path)
+
+
 def test_damaged_weights_are_refused(tmp_path: Path) -> None:
     agent = build_agent("mappo")
     agent.save(tmp_path)

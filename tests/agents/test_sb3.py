@@ -198,6 +198,7 @@ def test_a_policy_of_other_sizes_is_refused(recorded: Recorded, tmp_path: Path) 
         ({"options": {"hidden": [9]}}, "does not fit"),
         ({"options": 3}, "no readable options"),
         ({"local": ["mood"]}, "other local observations"),
+        ({"largest_move": 3.0}, "factor 3.0"),
     ):
         path.write_text(json.dumps(whole | change))
         with pytest.raises(UserError, match=sentence):

@@ -275,10 +275,10 @@ def test_room_by_hand() -> None:
     assert room.moved(1.0) == pytest.approx(1.0)
     assert room.moved(-1.0) == pytest.approx(0.5)
     assert room.moved(0.5) == pytest.approx(math.sqrt(0.6 * 1.0))
-    # a factor of three at most
+    # a factor of six at most
     wide = linear_network((40, 40), (1, 1), multiple=1)
-    assert find_room(wide, 0, 0.1, 0.3, free).high == pytest.approx(0.3)
-    assert find_room(wide, 0, 0.3, 0.3, free).low == pytest.approx(0.1)
+    assert find_room(wide, 0, 0.05, 0.3, free).high == pytest.approx(0.3)
+    assert find_room(wide, 0, 0.3, 0.3, free).low == pytest.approx(0.05)
     # a group below one multiple moves from there on
     assert find_room(HAND, 0, 0.1, 12 / 16, free).start == 0.25
 

@@ -5,6 +5,7 @@ import math
 import numpy as np
 import pytest
 
+from envs.budget import LARGEST_MOVE
 from envs.laps import Laps
 from envs.observations import (
     LOCAL_FIELDS,
@@ -108,7 +109,10 @@ def test_state_fills_slots_and_masks_the_rest() -> None:
     assert (seen["potential"], seen["score_mmd"]) == (0.25, 0.5)
     assert seen["generator_2.mask"] == 1.0
     assert seen["generator_2.last_action"] == 1.0
-    assert max(seen[f"generator_2.profile_{i}"] for i in range(8)) > 0.3
+    moved = float((laps.proportions / laps.uniform.proportions).max())
+    highest = max(seen[f"generator_2.profile_{i}"] for i in range(8))
+    assert highest == pytest.approx(math.log(moved) / math.log(LARGEST_MOVE), abs=1e-6)
+    assert highest > 0.2
     empty = {name: value for name, value in seen.items() if name.startswith(("generator_1", "discriminator"))}
     assert set(empty.values()) == {0.0}
 
