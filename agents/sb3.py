@@ -102,7 +102,7 @@ OFF_POLICY: dict[str, Any] = {
     "buffer_size": 50_000,  # SB3's million would take gigabytes for steps that a search never takes
     "gradient_steps": 4,  # plans are dear and updates cheap: with 1 a search ends before the critic knows
 }
-SLOW_ACTOR = {"episodes": 40, "gradient_steps": 8, "policy_delay": 4}
+SLOW_ACTOR = {"episodes": 40, "gradient_steps": 8, "policy_delay": 4, "std": 0.4}
 TUNED: dict[str, dict[str, Any]] = {
     "stable_baselines3.A2C": {"episodes": 4, "use_rms_prop": False, "normalize_advantage": True},
     # without entropy to hold them back they follow a young critic to the corners of the box
