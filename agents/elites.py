@@ -4,7 +4,8 @@ A search is paid for its best plan, and PPO forgets it: an episode teaches in th
 again. Where good plans are rare, what they taught is soon drowned by the many poor ones, and the policy
 settles on avoiding the worst. So the best episodes stay, and their actions are made more likely after every
 update, as far as they were better than the critic expects: Oh et al., "Self-Imitation Learning", ICML 2018
-(arXiv:1806.05635), with the few best episodes in the place of prioritised replay.
+(arXiv:1806.05635), with the few best episodes in the place of prioritised replay. What every search knows
+beforehand stands in that memory from the start: pruning uniformly, and what comes of it.
 """
 
 from __future__ import annotations
@@ -13,12 +14,16 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from stable_baselines3 import PPO
 from stable_baselines3.common.buffers import DictRolloutBuffer
 from stable_baselines3.common.callbacks import BaseCallback
 from torch import Tensor, nn
 
+from agents.base import rehearse
+from agents.vec_env import TeamVecEnv
+from envs.pruning_env import PruningEnv
 from gan.evaluations import CountedScorer
 
 SURPLUS_BOUND = 3.0
@@ -72,9 +77,14 @@ class ElitePPO(PPO):
         self._recent: deque[float] = deque(maxlen=RECENT)  # returns
         super().__init__(*args, **options)
 
+    @property
+    def imitates(self) -> bool:
+        """Whether episodes are remembered at all."""
+        return bool(self.elites and self.imitation)
+
     def train(self) -> None:
         """PPO's update, then imitation."""
-        if self.elites and self.imitation:
+        if self.imitates:
             finished = self._finished()  # before PPO shuffles its buffer
             self.episodes += finished
             self._recent.extend(episode.total for episode in finished)
@@ -105,7 +115,7 @@ class ElitePPO(PPO):
                 Remembered(
                     {part: _row(values[rows]) for part, values in buffer.observations.items()},
                     _row(buffer.actions[rows]),
-                    rewards.flip(0).cumsum(0).flip(0).flatten(),
+                    _returns(rewards),
                 )
             )
         return found
@@ -131,6 +141,36 @@ class ElitePPO(PPO):
                 nn.utils.clip_grad_norm_(self.policy.parameters(), self.max_grad_norm)
                 self.policy.optimizer.step()
         self.logger.record("train/imitated_return", sum(e.total for e in episodes) / len(episodes))
+
+
+def uniform_episode(env: PruningEnv, seed: int) -> Remembered:
+    """The episode of a team that keeps to uniform pruning: where a memory begins.
+
+    It costs no evaluation, since every search knows what uniform pruning scores. A policy whose first few
+    episodes are all worse is led back by it, where the best of them would lead it astray.
+
+    Args:
+        env: what is searched in.
+        seed: of the budgets, where they are ranges.
+    """
+    team = TeamVecEnv(rehearse(env))
+    team.seed(seed)
+    seen, rewards = [team.reset()], []
+    actions = np.zeros((env.horizon, team.num_envs, *team.action_space.shape), np.float32)
+    for action in actions:
+        observations, paid, *_ = team.step(action)
+        seen.append(observations)
+        rewards.append(paid)
+    return Remembered(
+        {part: _row(np.stack([step[part] for step in seen[:-1]])) for part in seen[0]},
+        _row(actions),
+        _returns(torch.as_tensor(np.stack(rewards))),
+    )
+
+
+def _returns(rewards: Tensor) -> Tensor:
+    """(steps, slots) rewards → (steps · slots,) their sums from each step to the end."""
+    return rewards.flip(0).cumsum(0).flip(0).flatten()
 
 
 def _row(values: Any) -> Tensor:

@@ -21,7 +21,7 @@ from agents.base import (
     resolve_budgets,
     write_description,
 )
-from agents.elites import ElitePPO, WideBeginning
+from agents.elites import ElitePPO, WideBeginning, uniform_episode
 from agents.learning import (
     ENDLESS,
     GAE_LAMBDA,
@@ -74,7 +74,7 @@ class MappoOptions:
     """
 
     critic: Critic = "shared"
-    episodes: int = 8
+    episodes: int = 4
     learning_rate: float = 3e-3
     epochs: int = 10
     minibatches: int = 4
@@ -254,6 +254,8 @@ class Mappo:
                 explore = options.explore if self.policy is None else 0.0  # one that is known goes on
                 ppo = self._build_ppo(TeamVecEnv(env))
                 ppo.set_logger(log.logger)
+                if ppo.imitates:
+                    ppo.episodes.append(uniform_episode(env, self.seed))
                 self.policy = ppo.policy  # type: ignore[assignment]
                 young = WideBeginning(env.scorer, explore, options.wide, options.std)
                 # log_interval: SB3 would add its own rows, over steps instead of evaluations

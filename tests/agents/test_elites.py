@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from agents.elites import ElitePPO, Remembered
+from agents.elites import ElitePPO, Remembered, uniform_episode
 from agents.learning import private_randomness
 from agents.mappo import Mappo
 from agents.vec_env import TeamVecEnv
@@ -102,6 +102,72 @@ def test_of_many_episodes_the_best_stay(recorded: Recorded, monkeypatch: pytest.
     returns = [episode.return_ for episode in recorder.episodes]
     assert len(returns) == 12
     assert sorted(episode.total for episode in ppo.episodes) == pytest.approx(sorted(returns)[-5:], rel=1e-4)
+
+
+@pytest.mark.parametrize("reward", ["final", "step"])
+def test_a_memory_begins_with_uniform_pruning_and_costs_nothing(reward: Reward) -> None:
+    env = toy_env(1000, reward)
+    env.prepare()
+    spent = env.scorer.evaluations, env.scorer.requests
+    episode = uniform_episode(env, seed=0)
+    assert (env.scorer.evaluations, env.scorer.requests) == spent
+    rows = env.horizon * len(env.possible_agents)
+    assert episode.actions.shape == (rows, 1)
+    assert not episode.actions.any()
+    np.testing.assert_allclose(episode.returns.numpy(), np.zeros(rows), atol=1e-6)
+    assert {part: len(values) for part, values in episode.observations.items()} == {
+        "local": rows,
+        "state": rows,
+    }
+    # what an episode that is played sees first, too
+    start = TeamVecEnv(toy_env(1000, reward)).reset()
+    for part, values in start.items():
+        np.testing.assert_array_equal(episode.observations[part][: len(values)].numpy(), values)
+
+    agent = Mappo(episodes=2)
+    known: list[int] = []
+    original = agent._build_ppo
+
+    def watched(slots: TeamVecEnv) -> ElitePPO:
+        ppo = original(slots)
+        train = ppo.train
+
+        def told() -> None:
+            known.append(len(ppo.episodes))
+            train()
+
+        ppo.train = told  # type: ignore[method-assign]
+        return ppo
+
+    agent._build_ppo = watched  # type: ignore[method-assign]
+    agent.learn(toy_env(40, reward))
+    assert known[0] == 1  # before any of its own
+
+
+def test_a_policy_whose_episodes_are_all_worse_is_led_back_to_uniform_pruning() -> None:
+    ppo, env = rolled_out(episodes=1)
+    uniform = uniform_episode(env, seed=0)
+    with private_randomness():
+        with torch.no_grad():
+            ppo.policy.action_net.bias.fill_(0.9)  # type: ignore[union-attr]
+        astray = [
+            Remembered(uniform.observations, torch.full_like(uniform.actions, 0.9), uniform.returns - worse)
+            for worse in (8.0, 9.0, 10.0)
+        ]
+        ppo.episodes = [*astray, uniform]
+        ppo._recent.clear()
+        ppo._recent.extend(episode.total for episode in astray)
+        with torch.no_grad():  # the critic expects what was met
+            for parameter in ppo.policy.value_net.parameters():
+                parameter.zero_()
+            ppo.policy.value_net.bias.fill_(-9.0)
+        assert ppo.best(1) == [uniform]
+        for _ in range(40):
+            ppo._imitate(ppo.best(4))
+        actions, _ = ppo.policy.predict(  # type: ignore[misc]
+            {part: values.numpy() for part, values in uniform.observations.items()}, deterministic=True
+        )
+    assert np.abs(actions).mean() < 0.3
 
 
 def test_without_elites_nothing_is_remembered() -> None:
