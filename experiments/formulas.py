@@ -25,7 +25,6 @@ from tyro.conf import Positional
 from envs.rewards import SCORE_BOUNDS, Weights, robust_spread
 from experiments import calibrate, cli
 from experiments.agreement import LEVEL, RESAMPLES, Interval, better_half, kendall, kendall_interval, regret
-from experiments.build import finetuning
 from experiments.calibrate import KID, Sizes, StudyFolder, named, read_study, reopen_study, settings_of
 from experiments.candidates import NamedPlan
 from experiments.runs import plain
@@ -35,6 +34,7 @@ from gan.append_log import AppendLog
 from gan.balance import balance_gap, margins
 from gan.data import PairedImages, to_float, to_uint8
 from gan.density import EPSILON, PATCH_EPSILON, DensityGaps, Neighbourhoods
+from gan.distillation import NO_INGREDIENTS, DensePair, Ingredients
 from gan.elastic import ElasticOptions, teaching_images
 from gan.errors import UserError
 from gan.features import load_extractor, load_stages
@@ -766,7 +766,7 @@ class Rehearsal(PairedTrainer):
         on_mark: called with the steps done and the averaged generator so far.
         marks: numbers of steps; it ends after the last.
         length: steps in which the learning rate falls to 0; None = as the options say.
-        generator, discriminator, options, teacher: see :class:`PairedTrainer`.
+        generator, discriminator, options, teacher, ingredients, dense: see :class:`PairedTrainer`.
     """
 
     def __init__(
@@ -775,13 +775,15 @@ class Rehearsal(PairedTrainer):
         discriminator: nn.Module,
         options: TrainingOptions,
         teacher: Lessons,
+        ingredients: Ingredients = NO_INGREDIENTS,
+        dense: DensePair | None = None,
         *,
         pairs: PairedImages,
         marks: Sequence[int],
         on_mark: Callable[[int, nn.Module], None],
         length: int | None = None,
     ) -> None:
-        super().__init__(generator, discriminator, options, teacher)
+        super().__init__(generator, discriminator, options, teacher, ingredients, dense)
         self.pairs, self.marks, self.on_mark, self.length = pairs, marks, on_mark, length
 
     def _share(self, started: float, steps_per_epoch: int) -> float:
@@ -820,7 +822,7 @@ class Stage:
 
     def __init__(self, options: calibrate.Options) -> None:
         self.bench = Workbench.build(settings_of(options, options.elastic))
-        self.seed, self.epochs = Sizes.of(options).seeds, Sizes.of(options).epochs
+        self.seed = Sizes.of(options).seeds
 
     def figures(self, generator: nn.Module) -> dict[str, float]:
         """``FIGURES`` on val images, as finetuned plans are measured."""
@@ -843,7 +845,8 @@ class Stage:
         """Steps → figures, and the processor seconds up to there, without the measurements before."""
         found: dict[int, tuple[dict[str, float], float]] = {}
         generator, discriminator = self.bench.pair(Trial(plan.label, plan.plan, self.seed))
-        options = finetuning(self.epochs, self.seed, self.bench.task.device)
+        options = self.bench.settings.options(self.seed, self.bench.task)
+        assert isinstance(options, TrainingOptions), "a study of formulas has pairs"
         for network in (generator, discriminator):
             network.requires_grad_(True)
             if options.amp:
@@ -864,6 +867,8 @@ class Stage:
             discriminator,
             options,
             self.bench.lessons(options),
+            self.bench.settings.ingredients,
+            self.bench.dense,
             pairs=self.bench.train,
             marks=marks,
             on_mark=on_mark,

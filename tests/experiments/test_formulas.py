@@ -28,12 +28,14 @@ from experiments.formulas import (
     Memo,
     Options,
     Rehearsal,
+    Stage,
     View,
     beyond,
     luck,
     main,
     weighted_taus,
 )
+from experiments.trials import Trial
 from gan.checkpoints import state_hash
 from gan.density import Neighbourhoods
 from gan.errors import UserError
@@ -193,6 +195,26 @@ def test_a_rehearsal_is_the_beginning_of_a_finetuning() -> None:
     assert list(seen) == [2, 9]
     assert state_hash(seen[9]) == state_hash(whole)
     assert state_hash(seen[2]) != state_hash(whole)
+
+
+def test_a_studys_rehearsals_are_the_beginning_of_its_own_finetuning(
+    study: StudyFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With what finetuning adds to the native losses, too: without it they would rehearse something else."""
+    own, _ = calibrate.reopen_study(calibrate.Options(resume=study.path, report=True), study.path)
+    stage, plan = Stage(own), calibrate.read_plans(study)[0]
+    bench = stage.bench
+    options = bench.settings.options(stage.seed, bench.task)
+    pair = bench.pair(Trial(plan.label, plan.plan, stage.seed))
+    ingredients = bench.settings.ingredients
+    trainer = bench.task.finetuner(*pair, bench.lessons(options), options, ingredients, bench.dense)
+    finetuned, _ = trainer.pair(trainer.fit(bench.train))
+    assert trainer.perceptual is not None
+
+    seen: list[str] = []
+    monkeypatch.setattr(stage, "figures", lambda network: seen.append(state_hash(network)) or {})
+    stage(plan, (trainer.steps,), None)
+    assert seen == [state_hash(finetuned)]
 
 
 def test_a_short_one_has_a_schedule_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
