@@ -119,7 +119,40 @@ def kendall_interval(
     tau = kendall(first, second)
     if math.isnan(tau):
         return NOTHING
-    one, two = (_signs(np.asarray(row, dtype=np.float64)) for row in (first, second))
+    taus = _resampled(first, second, resamples, seed)
+    return Interval(tau, *_ends(taus[~np.isnan(taus)], level))
+
+
+def kendall_gain(
+    first: ArrayLike,
+    second: ArrayLike,
+    metric: ArrayLike,
+    *,
+    level: float = LEVEL,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+) -> Interval:
+    """Tau-b of ``first`` with ``metric`` minus that of ``second``, with a bootstrap interval over the plans.
+
+    Both are taken on the same resamples: what two scores share does not widen the interval.
+
+    Args:
+        first, second, metric: (k,) numbers per plan.
+        level, resamples, seed: as in :func:`kendall_interval`.
+
+    Returns:
+        NaN where one of them is constant.
+    """
+    gain = kendall(first, metric) - kendall(second, metric)
+    if math.isnan(gain):
+        return NOTHING
+    gains = np.subtract(*(_resampled(score, metric, resamples, seed) for score in (first, second)))
+    return Interval(gain, *_ends(gains[~np.isnan(gains)], level))
+
+
+def _resampled(first: ArrayLike, second: ArrayLike, resamples: int, seed: int) -> Values:
+    """(resamples,) tau-b of bootstrap samples; NaN where a row is constant in one."""
+    one, two = (pair_signs(np.asarray(row, dtype=np.float64)) for row in (first, second))
     k = len(one)
     counts = np.random.default_rng(seed).multinomial(k, np.full(k, 1 / k), size=resamples).astype(np.float64)
 
@@ -127,12 +160,15 @@ def kendall_interval(
         return np.einsum("bi,bi->b", counts @ matrix, counts)
 
     pairs = form(np.abs(one)) * form(np.abs(two))
-    taus = form(one * two)[pairs > 0] / np.sqrt(pairs[pairs > 0])
-    low, high = np.quantile(taus, ((1 - level) / 2, (1 + level) / 2))
-    return Interval(tau, float(low), float(high))
+    return np.divide(form(one * two), np.sqrt(pairs), out=np.full(resamples, math.nan), where=pairs > 0)
 
 
-def _signs(rows: Values) -> Values:
+def _ends(values: Values, level: float) -> tuple[float, float]:
+    low, high = np.quantile(values, ((1 - level) / 2, (1 + level) / 2))
+    return float(low), float(high)
+
+
+def pair_signs(rows: Values) -> Values:
     """(…, k) → (…, k, k): the sign of every difference."""
     return np.sign(rows[..., :, None] - rows[..., None, :])
 
@@ -206,6 +242,6 @@ def ceiling(
     pairs = truth.shape[1] * (truth.shape[1] - 1)
     if pairs == 0:
         return NOTHING
-    taus = (_signs(truth) * _signs(seen)).sum((1, 2)) / pairs  # continuous draws have no ties
+    taus = (pair_signs(truth) * pair_signs(seen)).sum((1, 2)) / pairs  # continuous draws have no ties
     low, high = np.quantile(taus, ((1 - level) / 2, (1 + level) / 2))
     return Interval(float(taus.mean()), float(low), float(high))

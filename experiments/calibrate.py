@@ -43,6 +43,8 @@ from experiments.build import (
     prunable,
 )
 from experiments.candidates import NamedPlan, draw_plans, found_plan
+from experiments.families import FEWEST as FEWEST_TO_HALVE
+from experiments.families import Halves, weigh
 from experiments.figures import TERMS, Cloud, calibration, save_figure
 from experiments.runs import (
     check_least,
@@ -84,6 +86,8 @@ L1 = "l1"
 FEWEST_PLANS, FEWEST_SEEDS = 4, 2
 OWN = "default"
 """Name of the weights that are also finetuned."""
+WITHOUT = "total without "
+"""Name of a column, before a family."""
 NAME = re.compile(r"[A-Za-z0-9_.-]+")
 
 
@@ -636,7 +640,7 @@ def scored_columns(
         rest = {**asdict(options.weights), family: 0.0}
         known = family != "recovery" or surrogate is not None
         if weight > 0 and known and any(rest.values()):
-            label = f"total without {family}"
+            label = WITHOUT + family
             columns.append(total(Weights(**rest), label, label))
     for term in gaps[0]:
         if term == "recovery_gap" and surrogate is None:
@@ -661,6 +665,16 @@ def predictions(column: Column, study: Study) -> dict[str, dict[str, Prediction]
     }
 
 
+def additions(study: Study) -> Halves | None:
+    """What each reward family adds to the total by the study's own weights; None where that says nothing."""
+    own = {column.name: column.better for column in study.columns if column.weights == OWN}
+    names = [name.removeprefix(WITHOUT) for name in own if name.startswith(WITHOUT)]
+    parts = {name: own["total"] - own[WITHOUT + name] for name in names}
+    if len(parts) < 2 or len(study.plans) < FEWEST_TO_HALVE:
+        return None
+    return weigh(parts, *(study.results[metric].mean(1) for metric in (KID, L1)))
+
+
 def report(options: Options, folder: StudyFolder, console: Console) -> None:
     """Write ``calibration.json``, ``table.md`` and ``scatter.png``, and print the table."""
     study = read_study(options, folder)
@@ -675,7 +689,7 @@ def report(options: Options, folder: StudyFolder, console: Console) -> None:
     }
     means = study.results[KID].mean(1)
     own = next((c for c in study.columns if (c.weights, c.name) == (OWN, "total")), None)
-    facts = headline(study, noise, own)
+    facts, halves = headline(study, noise, own), additions(study)
     document = {
         "protocol": protocol(options, study),
         "notes": study.notes,
@@ -685,13 +699,14 @@ def report(options: Options, folder: StudyFolder, console: Console) -> None:
         "predictors": [
             {"weights": weights, "name": name, **named(rows)} for (weights, name), rows in found.items()
         ],
+        "families": None if halves is None else named(halves),
         "plans": plan_rows(options, study),
     }
     write_json(folder.calibration, plain(document))
     if study.surrogate is not None and options.surrogate is None:
         study.surrogate.save(folder.surrogate)
     rows = table_rows(study, found)
-    write_text(folder.table, markdown(options, study, facts, rows))
+    write_text(folder.table, markdown(options, study, facts, rows, halves))
     panels = [
         Cloud(
             column.title,
@@ -706,7 +721,7 @@ def report(options: Options, folder: StudyFolder, console: Console) -> None:
         title = f"{options.task}: {len(study.plans)} plans at equal cost, {study.results[KID].shape[1]} seeds"
         kinds = [named.kind for named in study.plans]
         save_figure(calibration(panels, study.results[KID], kinds, title=title), folder.scatter)
-    show(console, study, facts, rows)
+    show(console, study, facts, rows, halves)
     console.print(f"everything is in {folder.path}", highlight=False, soft_wrap=True)
 
 
@@ -754,10 +769,11 @@ def headline(study: Study, noise: Mapping[str, Any], own: Column | None) -> list
     return facts
 
 
-def _with(interval: Interval, digits: int = 2) -> str:
+def _with(interval: Interval, digits: int = 2, *, signed: bool = False) -> str:
     if math.isnan(interval.value):
         return "–"
-    return f"{interval.value:.{digits}f} [{interval.low:.{digits}f}, {interval.high:.{digits}f}]"
+    sign = "+" if signed else ""
+    return f"{interval.value:{sign}.{digits}f} [{interval.low:.{digits}f}, {interval.high:.{digits}f}]"
 
 
 def plan_rows(options: Options, study: Study) -> list[dict[str, Any]]:
@@ -807,20 +823,57 @@ def table_rows(
     return rows
 
 
-def markdown(options: Options, study: Study, facts: Sequence[str], rows: Sequence[tuple[str, ...]]) -> str:
-    """The table as a Markdown file."""
+FAMILY_HEADINGS = ("family", "adds to τ KID", "to τ L1", "on halves that it was not chosen on")
+
+
+def family_rows(halves: Halves) -> list[tuple[str, ...]]:
+    """One row of text per family, under ``FAMILY_HEADINGS``."""
+    return [
+        (name, *(_with(interval, signed=True) for interval in addition))
+        for name, addition in halves.additions.items()
+    ]
+
+
+def on_halves(halves: Halves) -> str:
+    """A sentence: what choosing the weights of the families is worth."""
+    return (
+        f"weights of the families chosen on a half of the plans, tau on the other half: "
+        f"{_with(halves.chosen, signed=True)} beside {halves.given:.2f} of the given ones"
+    )
+
+
+def markdown(
+    options: Options,
+    study: Study,
+    facts: Sequence[str],
+    rows: Sequence[tuple[str, ...]],
+    halves: Halves | None,
+) -> str:
+    """The tables as a Markdown file."""
     lines = [f"{protocol(options, study)}.", ""]
     lines += [*(f"- {fact}" for fact in (*facts, *study.notes)), ""]
-    lines += ["| " + " | ".join(HEADINGS) + " |", "|" + "---|" * len(HEADINGS)]
-    lines += ["| " + " | ".join(row) + " |" for row in rows]
+    lines += _table(HEADINGS, rows)
+    if halves is not None:
+        lines += ["", f"{on_halves(halves).capitalize()}.", "", *_table(FAMILY_HEADINGS, family_rows(halves))]
     return "\n".join(lines) + "\n"
+
+
+def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
+    return lines + ["| " + " | ".join(row) + " |" for row in rows]
 
 
 SHOWN = (0, 1, 3, 4, 5)
 """Columns that fit a terminal of 80 characters; the file has all."""
 
 
-def show(console: Console, study: Study, facts: Sequence[str], rows: Sequence[tuple[str, ...]]) -> None:
+def show(
+    console: Console,
+    study: Study,
+    facts: Sequence[str],
+    rows: Sequence[tuple[str, ...]],
+    halves: Halves | None,
+) -> None:
     """Print the same, shorter."""
     table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for number in SHOWN:
@@ -828,6 +881,14 @@ def show(console: Console, study: Study, facts: Sequence[str], rows: Sequence[tu
     for row in rows:
         table.add_row(*(row[number].partition(" [")[0] if number == 5 else row[number] for number in SHOWN))
     console.print(table)
+    if halves is not None:
+        table = Table(box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
+        for number, heading in enumerate(FAMILY_HEADINGS):
+            table.add_column(heading, justify="right" if number else "left")
+        for row in family_rows(halves):
+            table.add_row(*row)
+        console.print(table)
+        facts = [*facts, on_halves(halves)]
     for fact in (*facts, *study.notes):
         console.print(fact, highlight=False, soft_wrap=True)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from gan import scoring
 from gan.append_log import LogMismatch
 from gan.balance import balance_gap
 from gan.checkpoints import state_hash, tensors_hash
@@ -160,6 +161,16 @@ def test_outputs_do_not_depend_on_the_batch(pair, yardstick):
     alone, _ = yardstick.generator_gaps(run_batched(network, inputs, 1))
     assert alone == pytest.approx(whole, rel=1e-4, abs=1e-6)
     assert not run_batched(tiny_generator(), inputs, 5).requires_grad
+
+
+@pytest.mark.parametrize("size", [1, 5])
+def test_no_gap_depends_on_the_batch(pair, monkeypatch, size):
+    """The balance neither: four passes of discriminators go into it."""
+    wanted = scorer_of(pair).score(SMALL).gaps
+    monkeypatch.setattr(scoring, "run_batched", lambda network, inputs: run_batched(network, inputs, size))
+    found = scorer_of(pair, yardstick_of(pair)).score(SMALL).gaps
+    assert found == pytest.approx(wanted, rel=1e-4, abs=1e-6)
+    assert found["balance_gap"] > 1e-3
 
 
 def test_the_whole_plan_has_no_gap_when_its_statistics_are_the_dense_ones(scorer):
