@@ -147,7 +147,8 @@ def uniform_episode(env: PruningEnv, seed: int) -> Remembered:
     """The episode of a team that keeps to uniform pruning: where a memory begins.
 
     It costs no evaluation, since every search knows what uniform pruning scores. A policy whose first few
-    episodes are all worse is led back by it, where the best of them would lead it astray.
+    episodes are all worse is led back by it, where the best of them would lead it astray. Where budgets are
+    ranges it is the episode of one draw of them; what is uniform under one is uniform under all.
 
     Args:
         env: what is searched in.

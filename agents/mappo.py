@@ -66,7 +66,8 @@ class MappoOptions:
         explore: share of the evaluations, in [0, 1], during which a new policy's actions vary more: a good
             region that is far from uniform pruning has to be met before it can be learned.
         wide: their standard deviation then.
-        elites: best episodes that are imitated after every update, ≥ 0; see :mod:`agents.elites`.
+        elites: best episodes that are imitated after every update, ≥ 0; pruning uniformly is the first
+            that is known. See :mod:`agents.elites`.
         imitation: passes over them.
         hidden: width of the one hidden layer of every network.
         waves: sines and cosines of the group's position that the actor sees beside its vector, ≥ 0. A small

@@ -120,7 +120,7 @@ def kendall_interval(
     if math.isnan(tau):
         return NOTHING
     taus = _resampled(first, second, resamples, seed)
-    return Interval(tau, *_ends(taus[~np.isnan(taus)], level))
+    return Interval(tau, *interval_ends(taus[~np.isnan(taus)], level))
 
 
 def kendall_gain(
@@ -147,7 +147,7 @@ def kendall_gain(
     if math.isnan(gain):
         return NOTHING
     gains = np.subtract(*(_resampled(score, metric, resamples, seed) for score in (first, second)))
-    return Interval(gain, *_ends(gains[~np.isnan(gains)], level))
+    return Interval(gain, *interval_ends(gains[~np.isnan(gains)], level))
 
 
 def _resampled(first: ArrayLike, second: ArrayLike, resamples: int, seed: int) -> Values:
@@ -163,7 +163,8 @@ def _resampled(first: ArrayLike, second: ArrayLike, resamples: int, seed: int) -
     return np.divide(form(one * two), np.sqrt(pairs), out=np.full(resamples, math.nan), where=pairs > 0)
 
 
-def _ends(values: Values, level: float) -> tuple[float, float]:
+def interval_ends(values: Values, level: float) -> tuple[float, float]:
+    """The quantiles between which the middle ``level`` of the values lies."""
     low, high = np.quantile(values, ((1 - level) / 2, (1 + level) / 2))
     return float(low), float(high)
 
@@ -243,5 +244,4 @@ def ceiling(
     if pairs == 0:
         return NOTHING
     taus = (pair_signs(truth) * pair_signs(seen)).sum((1, 2)) / pairs  # continuous draws have no ties
-    low, high = np.quantile(taus, ((1 - level) / 2, (1 + level) / 2))
-    return Interval(float(taus.mean()), float(low), float(high))
+    return Interval(float(taus.mean()), *interval_ends(taus, level))

@@ -43,8 +43,7 @@ from experiments.build import (
     prunable,
 )
 from experiments.candidates import NamedPlan, draw_plans, found_plan
-from experiments.families import FEWEST as FEWEST_TO_HALVE
-from experiments.families import Halves, weigh
+from experiments.families import FEWEST_TO_HALVE, Halves, weigh
 from experiments.figures import TERMS, Cloud, calibration, save_figure
 from experiments.runs import (
     check_least,
@@ -823,7 +822,7 @@ def table_rows(
     return rows
 
 
-FAMILY_HEADINGS = ("family", "adds to τ KID", "to τ L1", "on halves that it was not chosen on")
+FAMILY_HEADINGS = ("family", "adds to τ KID", "to τ L1", "τ KID, weights of other halves")
 
 
 def family_rows(halves: Halves) -> list[tuple[str, ...]]:
@@ -837,8 +836,9 @@ def family_rows(halves: Halves) -> list[tuple[str, ...]]:
 def on_halves(halves: Halves) -> str:
     """A sentence: what choosing the weights of the families is worth."""
     return (
-        f"weights of the families chosen on a half of the plans, tau on the other half: "
-        f"{_with(halves.chosen, signed=True)} beside {halves.given:.2f} of the given ones"
+        f"weights that are chosen on a half of the plans change tau on the other half by "
+        f"{_with(halves.chosen, signed=True)} from {halves.given:.2f} of the given ones "
+        f"(in brackets, as in the last column: 5 and 95 % of the splits)"
     )
 
 
@@ -854,7 +854,7 @@ def markdown(
     lines += [*(f"- {fact}" for fact in (*facts, *study.notes)), ""]
     lines += _table(HEADINGS, rows)
     if halves is not None:
-        lines += ["", f"{on_halves(halves).capitalize()}.", "", *_table(FAMILY_HEADINGS, family_rows(halves))]
+        lines += ["", f"- {on_halves(halves)}", "", *_table(FAMILY_HEADINGS, family_rows(halves))]
     return "\n".join(lines) + "\n"
 
 

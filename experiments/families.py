@@ -1,4 +1,4 @@
-"""What each reward family adds to the score, on plans that its weight was not chosen on."""
+"""What each reward family adds to the score, where its weight was not chosen."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from experiments.agreement import LEVEL, Interval, kendall_gain, pair_signs
+from experiments.agreement import LEVEL, NOTHING, Interval, Values, interval_ends, kendall_gain, pair_signs
 
 FACTORS = (0.0, 1 / 3, 1.0, 3.0)
 """Multiples of a family's weight that are tried on a half of the plans."""
 SPLITS = 400
 """Random halves."""
-FEWEST = 8
+FEWEST_TO_HALVE = 8
 """Plans below which a half says nothing."""
-
-Values = NDArray[np.float64]
+DIGITS = 9
+"""Of scores that are compared: sums of the same parts in another order are the same score."""
 
 
 class Addition(NamedTuple):
@@ -28,7 +28,8 @@ class Addition(NamedTuple):
         kid, l1: tau of the total minus tau of the total without the family, against the finetuned KID and
             L1; bootstrap intervals over plans.
         held_out: tau against KID on one half of the plans, of the weights that are best on the other, minus
-            the same where the family was not there to choose; mean, 5 and 95 % of the splits.
+            the same where the family was not there to choose; mean, and 5 and 95 % of the splits, which
+            overlap: no interval of confidence.
     """
 
     kid: Interval
@@ -54,52 +55,66 @@ def weigh(parts: Mapping[str, Values], kid: Values, l1: Values, seed: int = 0) -
     """Weight-0 ablations with intervals, and with weights that were chosen elsewhere.
 
     On random halves of the plans every family's weight is multiplied by each of ``FACTORS``; the product with
-    the highest tau is judged on the other half. What a family adds there is no merit of having been chosen on
-    the plans that judge it.
+    the highest tau is judged on the other half, the mean of those that share it. So no family gains from its
+    weight having been chosen on the plans that judge it. What its scores themselves were fitted to is another
+    matter: a predicted recovery may have seen the other plans' ends.
 
     Args:
         parts: family → (k,) its weighted score of each plan; the sum is the total. Two families or more.
-        kid, l1: (k,) finetuned results, lower is better; k ≥ ``FEWEST``.
+        kid, l1: (k,) finetuned results, lower is better; k ≥ ``FEWEST_TO_HALVE``.
         seed: of the halves and the resamples.
     """
     names, table = list(parts), np.stack(list(parts.values()))  # (families, k)
-    grid = np.array([row for row in itertools.product(FACTORS, repeat=len(names)) if any(row)])
-    signs, better = pair_signs(grid @ table), pair_signs(-kid)  # (products, k, k), (k, k)
-    given = int(np.flatnonzero((grid == 1.0).all(1))[0])
+    grid = _products(len(names))
+    signs, better = pair_signs(np.round(grid @ table, DIGITS)), pair_signs(-kid)  # (products, k, k), (k, k)
+    total = table.sum(0)
+    given_signs = pair_signs(np.round(total, DIGITS))[None]
     without = {name: np.flatnonzero(grid[:, place] == 0.0) for place, name in enumerate(names)}
     random, count = np.random.default_rng(seed), len(kid)
-    on_other: list[tuple[float, float]] = []
+    given: list[float] = []
+    chosen: list[float] = []
     gains: dict[str, list[float]] = {name: [] for name in names}
     for _ in range(SPLITS):
         order = random.permutation(count)
-        half, other = (
-            _taus(signs[:, rows[:, None], rows], better[rows[:, None], rows])
-            for rows in (order[: count // 2], order[count // 2 :])
-        )
-        best = int(half.argmax())
-        on_other.append((other[given], other[best]))
+        half, other = order[: count // 2], order[count // 2 :]
+        here, there = (_taus(signs, better, rows) for rows in (half, other))
+        given.append(float(_taus(given_signs, better, other)[0]))
+        judged = _judged(here, there)
+        chosen.append(judged - given[-1])
         for name, places in without.items():
-            gains[name].append(other[best] - other[places[half[places].argmax()]])
-    pairs = np.array(on_other)
-    total = table.sum(0)
+            gains[name].append(judged - _judged(here[places], there[places]))
+
+    def spread(values: list[float]) -> Interval:
+        if np.ptp(kid) == 0:  # no plan is better than another
+            return NOTHING
+        return Interval(float(np.mean(values)), *interval_ends(np.array(values), LEVEL))
 
     def gain(name: str, metric: Values) -> Interval:
-        return kendall_gain(total, total - parts[name], -metric, seed=seed)
+        rest = sum(part for other, part in parts.items() if other != name)
+        return kendall_gain(np.round(total, DIGITS), np.round(rest, DIGITS), -metric, seed=seed)
 
     return Halves(
-        float(pairs[:, 0].mean()),
-        _spread(pairs[:, 1] - pairs[:, 0]),
-        {name: Addition(gain(name, kid), gain(name, l1), _spread(gains[name])) for name in names},
+        float(np.mean(given)),
+        spread(chosen),
+        {name: Addition(gain(name, kid), gain(name, l1), spread(gains[name])) for name in names},
     )
 
 
-def _taus(signs: Values, better: Values) -> Values:
-    """(n, h, h) and (h, h) signs of differences → (n,) Kendall's tau-b; 0 where all are tied."""
+def _products(families: int) -> Values:
+    """(products, families) of ``FACTORS``, those once that order plans alike: multiples of one another."""
+    rows = [row for row in itertools.product(FACTORS, repeat=families) if any(row)]
+    return np.array(list({tuple(np.round(np.array(row) / max(row), 6)): row for row in rows}.values()))
+
+
+def _judged(here: Values, there: Values) -> float:
+    """Mean tau on the other half of the products that are best on this one."""
+    return float(there[np.isclose(here, here.max())].mean())
+
+
+def _taus(signs: Values, better: Values, rows: NDArray[np.int64]) -> Values:
+    """(n, k, k), (k, k) signs of differences → (n,) Kendall's tau-b over some plans; 0 where all are tied."""
+    places = rows[:, None], rows
+    signs, better = signs[:, *places], better[places]
     pairs = np.abs(signs).sum((1, 2)) * np.abs(better).sum()
     agreed = (signs * better).sum((1, 2))
     return np.divide(agreed, np.sqrt(pairs), out=np.zeros(len(signs)), where=pairs > 0)
-
-
-def _spread(values: Values | list[float]) -> Interval:
-    low, high = np.quantile(values, ((1 - LEVEL) / 2, (1 + LEVEL) / 2))
-    return Interval(float(np.mean(values)), float(low), float(high))

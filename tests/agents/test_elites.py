@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -104,13 +106,21 @@ def test_of_many_episodes_the_best_stay(recorded: Recorded, monkeypatch: pytest.
     assert sorted(episode.total for episode in ppo.episodes) == pytest.approx(sorted(returns)[-5:], rel=1e-4)
 
 
-@pytest.mark.parametrize("reward", ["final", "step"])
-def test_a_memory_begins_with_uniform_pruning_and_costs_nothing(reward: Reward) -> None:
-    env = toy_env(1000, reward)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"reward": "final"},
+        {"reward": "step"},
+        {"budgets": {"generator": "0.2:0.5", "discriminator": "0.3:0.6"}},
+        {"held": ("discriminator",), "feedback": False},
+    ],
+)
+def test_pruning_uniformly_is_an_episode_that_costs_nothing(options: dict[str, Any]) -> None:
+    env = toy_env(1000, **{"reward": "final", **options})
     env.prepare()
-    spent = env.scorer.evaluations, env.scorer.requests
+    before = env.scorer.evaluations, env.scorer.requests, env.best
     episode = uniform_episode(env, seed=0)
-    assert (env.scorer.evaluations, env.scorer.requests) == spent
+    assert (env.scorer.evaluations, env.scorer.requests, env.best) == before
     rows = env.horizon * len(env.possible_agents)
     assert episode.actions.shape == (rows, 1)
     assert not episode.actions.any()
@@ -120,28 +130,30 @@ def test_a_memory_begins_with_uniform_pruning_and_costs_nothing(reward: Reward) 
         "state": rows,
     }
     # what an episode that is played sees first, too
-    start = TeamVecEnv(toy_env(1000, reward)).reset()
-    for part, values in start.items():
+    slots = TeamVecEnv(env)
+    slots.seed(0)
+    for part, values in slots.reset().items():
         np.testing.assert_array_equal(episode.observations[part][: len(values)].numpy(), values)
 
-    agent = Mappo(episodes=2)
-    known: list[int] = []
-    original = agent._build_ppo
 
-    def watched(slots: TeamVecEnv) -> ElitePPO:
-        ppo = original(slots)
-        train = ppo.train
+@pytest.mark.parametrize(("options", "known"), [({}, 1), ({"elites": 0}, 0)])
+def test_a_memory_begins_with_pruning_uniformly(
+    options: dict[str, int], known: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before any episode of its own; again where a policy that is known goes on."""
+    remembered: list[int] = []
+    original = ElitePPO.train
 
-        def told() -> None:
-            known.append(len(ppo.episodes))
-            train()
+    def told(self: ElitePPO) -> None:
+        remembered.append(len(self.episodes))
+        original(self)
 
-        ppo.train = told  # type: ignore[method-assign]
-        return ppo
-
-    agent._build_ppo = watched  # type: ignore[method-assign]
-    agent.learn(toy_env(40, reward))
-    assert known[0] == 1  # before any of its own
+    monkeypatch.setattr(ElitePPO, "train", told)
+    agent = Mappo(episodes=2, **options)  # type: ignore[arg-type]
+    for _ in range(2):
+        remembered.clear()
+        agent.learn(toy_env(4, "final"))
+        assert remembered[0] == known
 
 
 def test_a_policy_whose_episodes_are_all_worse_is_led_back_to_uniform_pruning() -> None:

@@ -10,6 +10,7 @@ from experiments.agreement import (
     better_half,
     ceiling,
     kendall,
+    kendall_gain,
     kendall_interval,
     paired_difference,
     regret,
@@ -80,6 +81,18 @@ def test_kendall_interval_covers_and_narrows() -> None:
     assert kendall_interval(x, y) == narrow
     assert kendall_interval(x, y, seed=1) != narrow
     assert all(math.isnan(value) for value in kendall_interval(np.ones(4), np.arange(4)))
+
+
+def test_a_gain_is_the_difference_of_two_taus_on_the_same_resamples() -> None:
+    random = np.random.default_rng(0)
+    metric = random.standard_normal(24)
+    knows, guesses = metric + 0.3 * random.standard_normal(24), random.standard_normal(24)
+    gain = kendall_gain(knows, guesses, metric, resamples=500)
+    assert gain.value == pytest.approx(kendall(knows, metric) - kendall(guesses, metric))
+    assert 0 < gain.low < gain.value < gain.high
+    nothing = kendall_gain(knows, 2 * knows + 1, metric, resamples=500)  # the same order
+    assert (nothing.value, nothing.low, nothing.high) == pytest.approx((0, 0, 0))
+    assert math.isnan(kendall_gain(knows, np.ones(24), metric).value)
 
 
 def test_better_half_and_regret_by_hand() -> None:

@@ -111,7 +111,7 @@ def test_a_report_finds_what_predicts(study: tuple[Options, StudyFolder]) -> Non
     gain -= predictors["total without density"][KID]["all"]["tau"]["value"]
     assert families["density"]["kid"]["value"] == pytest.approx(gain)
     table = folder.table.read_text()
-    assert "| fidelity | +" in table
+    assert f"| density | {gain:+.2f} [" in table
     assert f"| {TERMS['mmd_gap']} | 1.00 [1.00, 1.00] | 1.00 [1.00, 1.00] | 0.0% |" in table
     with Image.open(folder.scatter) as figure:
         assert figure.width > 500

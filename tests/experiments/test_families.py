@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from experiments import families
-from experiments.agreement import kendall, kendall_gain
+from experiments.agreement import kendall
 from experiments.families import FACTORS, weigh
 
 
@@ -19,17 +19,6 @@ def study(plans: int = 24, seed: int = 0) -> tuple[dict[str, np.ndarray], np.nda
         "guesses": random.standard_normal(plans),
     }
     return parts, -truth
-
-
-def test_a_gain_is_the_difference_of_two_taus_on_the_same_resamples() -> None:
-    parts, metric = study()
-    knows, guesses = parts.values()
-    gain = kendall_gain(knows, guesses, -metric, resamples=500)
-    assert gain.value == pytest.approx(kendall(knows, -metric) - kendall(guesses, -metric))
-    assert 0 < gain.low < gain.value < gain.high
-    nothing = kendall_gain(knows, 2 * knows + 1, -metric, resamples=500)  # the same order
-    assert (nothing.value, nothing.low, nothing.high) == pytest.approx((0, 0, 0))
-    assert np.isnan(kendall_gain(knows, np.ones_like(knows), -metric).value)
 
 
 def test_what_knows_adds_and_what_guesses_does_not() -> None:
@@ -46,35 +35,52 @@ def test_halves_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """The same by the definition: weights in a loop, tau by scipy, on three splits."""
     monkeypatch.setattr(families, "SPLITS", 3)
     parts, kid = study(plans=11, seed=3)
-    names = list(parts)
+    knows, guesses = parts.values()
+    products = {(a / max(a, b), b / max(a, b)) for a, b in itertools.product(FACTORS, repeat=2) if a or b}
+
+    def taus(rows: np.ndarray) -> dict[tuple[float, float], float]:
+        return {(a, b): kendall((a * knows + b * guesses)[rows], -kid[rows]) for a, b in products}
+
+    def judged(here: dict, there: dict) -> float:
+        return float(np.mean([there[w] for w in here if here[w] > max(here.values()) - 1e-9]))
+
     random = np.random.default_rng(0)
     given, chosen, added = [], [], []
     for _ in range(3):
         order = random.permutation(11)
-        half, other = order[:5], order[5:]
-        taus = {
-            factors: [
-                kendall(
-                    sum(f * parts[name][rows] for f, name in zip(factors, names, strict=True)), -kid[rows]
-                )
-                for rows in (half, other)
-            ]
-            for factors in itertools.product(FACTORS, repeat=2)
-            if any(factors)
-        }
-        best = max(taus, key=lambda factors: taus[factors][0])
-        without = max((f for f in taus if f[1] == 0), key=lambda factors: taus[factors][0])
-        given.append(taus[1.0, 1.0][1])
-        chosen.append(taus[best][1] - taus[1.0, 1.0][1])
-        added.append(taus[best][1] - taus[without][1])
+        here, there = taus(order[:5]), taus(order[5:])
+        given.append(there[1.0, 1.0])
+        chosen.append(judged(here, there) - given[-1])
+        without = {weights: tau for weights, tau in here.items() if weights[1] == 0}
+        added.append(judged(here, there) - judged(without, there))
     halves = weigh(parts, kid, kid)
     assert halves.given == pytest.approx(np.mean(given))
     assert halves.chosen.value == pytest.approx(np.mean(chosen))
     assert halves.additions["guesses"].held_out.value == pytest.approx(np.mean(added))
 
 
+def test_the_order_of_the_families_means_nothing() -> None:
+    """Halves have few plans and many ties: no family may win them by standing first."""
+    parts, kid = study(plans=12, seed=5)
+    forth, back = (weigh(dict(rows), kid, kid) for rows in (parts.items(), reversed(parts.items())))
+    assert forth.chosen == pytest.approx(back.chosen)
+    for name in parts:
+        assert forth.additions[name].held_out == pytest.approx(back.additions[name].held_out)
+
+
+def test_where_all_plans_end_alike_nothing_is_told() -> None:
+    parts, kid = study()
+    halves = weigh(parts, np.ones_like(kid), kid)
+    assert np.isnan([halves.chosen.value, halves.additions["knows"].held_out.value]).all()
+    assert np.isnan(halves.additions["knows"].kid.value)
+    assert not np.isnan(halves.additions["knows"].l1.value)
+
+
 def test_a_family_that_is_constant_adds_nothing() -> None:
     parts, kid = study()
     halves = weigh({**parts, "silent": np.zeros(len(kid))}, kid, kid)
     silent = halves.additions["silent"]
-    assert (silent.kid.value, silent.held_out.value) == pytest.approx((0, 0))
+    assert silent.kid.value == 0
+    assert silent.held_out.value == pytest.approx(
+        0, abs=0.005
+    )  # among ties, what it multiplies is counted too
