@@ -185,7 +185,7 @@ class WideBeginning(BaseCallback):
     Args:
         scorer: counts the evaluations; it must have a limit.
         share: of the evaluations during which actions vary more, in [0, 1].
-        wide: their standard deviation then.
+        wide: their standard deviation to begin with; what is learned narrows it.
         narrow: what it is set to afterwards; from there on it is learned.
     """
 

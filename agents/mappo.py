@@ -65,7 +65,7 @@ class MappoOptions:
         std: initial standard deviation of actions; 1 is a move by the factor ``envs.budget.LARGEST_MOVE``.
         explore: share of the evaluations, in [0, 1], during which a new policy's actions vary more: a good
             region that is far from uniform pruning has to be met before it can be learned.
-        wide: their standard deviation then.
+        wide: their standard deviation in the beginning.
         elites: best episodes that are imitated after every update, ≥ 0; pruning uniformly is the first
             that is known. See :mod:`agents.elites`.
         imitation: passes over them.
