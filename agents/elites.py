@@ -22,7 +22,7 @@ from stable_baselines3.common.callbacks import BaseCallback
 from torch import Tensor, nn
 
 from agents.base import rehearse
-from agents.vec_env import TeamVecEnv
+from agents.vec_env import TeamVecEnv, action_space
 from envs.pruning_env import PruningEnv
 from gan.evaluations import CountedScorer
 
@@ -157,9 +157,10 @@ def uniform_episode(env: PruningEnv, seed: int) -> Remembered:
     team = TeamVecEnv(rehearse(env))
     team.seed(seed)
     seen, rewards = [team.reset()], []
-    actions = np.zeros((env.horizon, team.num_envs, *team.action_space.shape), np.float32)
+    actions = np.zeros((env.horizon, team.num_envs, *action_space().shape), np.float32)
     for action in actions:
-        observations, paid, *_ = team.step(action)
+        team.step_async(action)
+        observations, paid, *_ = team.step_wait()
         seen.append(observations)
         rewards.append(paid)
     return Remembered(
