@@ -152,15 +152,33 @@ def kendall_gain(
 
 def _resampled(first: ArrayLike, second: ArrayLike, resamples: int, seed: int) -> Values:
     """(resamples,) tau-b of bootstrap samples; NaN where a row is constant in one."""
-    one, two = (pair_signs(np.asarray(row, dtype=np.float64)) for row in (first, second))
+    one, two = (np.asarray(row, dtype=np.float64) for row in (first, second))
     k = len(one)
     counts = np.random.default_rng(seed).multinomial(k, np.full(k, 1 / k), size=resamples).astype(np.float64)
+    return weighted_taus(one[None], -two, counts)[:, 0]
 
-    def form(matrix: Values) -> Values:
-        return np.einsum("bi,bi->b", counts @ matrix, counts)
 
-    pairs = form(np.abs(one)) * form(np.abs(two))
-    return np.divide(form(one * two), np.sqrt(pairs), out=np.full(resamples, math.nan), where=pairs > 0)
+def weighted_taus(scores: Values, metric: Values, counts: Values) -> Values:
+    """Tau-b of many scores with a lower-better metric, in many samples of the plans.
+
+    Args:
+        scores: (v, k).
+        metric: (k,).
+        counts: (b, k) how often each plan is in a sample.
+
+    Returns:
+        (b, v); NaN where a sample has no pair.
+    """
+    other = -pair_signs(metric)
+    pairs = np.einsum("bi,bi->b", counts @ np.abs(other), counts)
+    taus = np.empty((len(counts), len(scores)))
+    for place, row in enumerate(scores):
+        signs = pair_signs(row)
+        agree = np.einsum("bi,bi->b", counts @ (signs * other), counts)
+        own = np.einsum("bi,bi->b", counts @ np.abs(signs), counts)
+        with np.errstate(invalid="ignore", divide="ignore"):
+            taus[:, place] = agree / np.sqrt(own * pairs)
+    return taus
 
 
 def interval_ends(values: Values, level: float) -> tuple[float, float]:

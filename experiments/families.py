@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from experiments.agreement import LEVEL, NOTHING, Interval, Values, interval_ends, kendall_gain, pair_signs
+from experiments.agreement import LEVEL, NOTHING, Interval, Values, interval_ends, kendall_gain, weighted_taus
 
 FACTORS = (0.0, 1 / 3, 1.0, 3.0)
 """Multiples of a family's weight that are tried on a half of the plans."""
@@ -66,28 +66,27 @@ def weigh(parts: Mapping[str, Values], kid: Values, l1: Values, seed: int = 0) -
     """
     names, table = list(parts), np.stack(list(parts.values()))  # (families, k)
     grid = _products(len(names))
-    signs, better = pair_signs(np.round(grid @ table, DIGITS)), pair_signs(-kid)  # (products, k, k), (k, k)
     total = table.sum(0)
-    given_signs = pair_signs(np.round(total, DIGITS))[None]
     without = {name: np.flatnonzero(grid[:, place] == 0.0) for place, name in enumerate(names)}
     random, count = np.random.default_rng(seed), len(kid)
-    given: list[float] = []
-    chosen: list[float] = []
-    gains: dict[str, list[float]] = {name: [] for name in names}
-    for _ in range(SPLITS):
-        order = random.permutation(count)
-        half, other = order[: count // 2], order[count // 2 :]
-        here, there = (_taus(signs, better, rows) for rows in (half, other))
-        given.append(float(_taus(given_signs, better, other)[0]))
-        judged = _judged(here, there)
-        chosen.append(judged - given[-1])
-        for name, places in without.items():
-            gains[name].append(judged - _judged(here[places], there[places]))
+    halves = np.zeros((SPLITS, count))
+    for row in halves:
+        row[random.permutation(count)[: count // 2]] = 1.0
+    scores = np.round(np.vstack([grid @ table, total]), DIGITS)
+    here, there = (np.nan_to_num(weighted_taus(scores, kid, rows)) for rows in (halves, 1.0 - halves))
+    given, products = there[:, -1], np.arange(len(grid))
 
-    def spread(values: list[float]) -> Interval:
+    def judged(places: NDArray[np.int64]) -> Values:
+        """(splits,) mean tau on the other half of those products that are best on this one."""
+        best = np.isclose(here[:, places], here[:, places].max(1, keepdims=True))
+        return np.average(there[:, places], axis=1, weights=best)
+
+    chosen = judged(products)
+
+    def spread(values: Values) -> Interval:
         if np.ptp(kid) == 0:  # no plan is better than another
             return NOTHING
-        return Interval(float(np.mean(values)), *interval_ends(np.array(values), LEVEL))
+        return Interval(float(np.mean(values)), *interval_ends(values, LEVEL))
 
     def gain(name: str, metric: Values) -> Interval:
         rest = sum(part for other, part in parts.items() if other != name)
@@ -95,8 +94,11 @@ def weigh(parts: Mapping[str, Values], kid: Values, l1: Values, seed: int = 0) -
 
     return Halves(
         float(np.mean(given)),
-        spread(chosen),
-        {name: Addition(gain(name, kid), gain(name, l1), spread(gains[name])) for name in names},
+        spread(chosen - given),
+        {
+            name: Addition(gain(name, kid), gain(name, l1), spread(chosen - judged(places)))
+            for name, places in without.items()
+        },
     )
 
 
@@ -104,17 +106,3 @@ def _products(families: int) -> Values:
     """(products, families) of ``FACTORS``, those once that order plans alike: multiples of one another."""
     rows = [row for row in itertools.product(FACTORS, repeat=families) if any(row)]
     return np.array(list({tuple(np.round(np.array(row) / max(row), 6)): row for row in rows}.values()))
-
-
-def _judged(here: Values, there: Values) -> float:
-    """Mean tau on the other half of the products that are best on this one."""
-    return float(there[np.isclose(here, here.max())].mean())
-
-
-def _taus(signs: Values, better: Values, rows: NDArray[np.int64]) -> Values:
-    """(n, k, k), (k, k) signs of differences → (n,) Kendall's tau-b over some plans; 0 where all are tied."""
-    places = rows[:, None], rows
-    signs, better = signs[:, *places], better[places]
-    pairs = np.abs(signs).sum((1, 2)) * np.abs(better).sum()
-    agreed = (signs * better).sum((1, 2))
-    return np.divide(agreed, np.sqrt(pairs), out=np.zeros(len(signs)), where=pairs > 0)

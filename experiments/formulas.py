@@ -24,7 +24,16 @@ from tyro.conf import Positional
 
 from envs.rewards import SCORE_BOUNDS, Weights, robust_spread
 from experiments import calibrate, cli
-from experiments.agreement import LEVEL, RESAMPLES, Interval, better_half, kendall, kendall_interval, regret
+from experiments.agreement import (
+    LEVEL,
+    RESAMPLES,
+    Interval,
+    better_half,
+    kendall,
+    kendall_interval,
+    regret,
+    weighted_taus,
+)
 from experiments.calibrate import KID, Sizes, StudyFolder, named, read_study, reopen_study, settings_of
 from experiments.candidates import NamedPlan
 from experiments.runs import plain
@@ -1237,31 +1246,6 @@ def row_of(
         beside,
         entry.seconds,
     )
-
-
-def weighted_taus(
-    scores: NDArray[np.float64], metric: NDArray[np.float64], counts: NDArray[np.float64]
-) -> NDArray[np.float64]:
-    """Tau-b of many scores with a lower-better metric, in many samples of the plans.
-
-    Args:
-        scores: (v, k).
-        metric: (k,).
-        counts: (b, k) how often each plan is in a sample.
-
-    Returns:
-        (b, v); NaN where a sample has no pair.
-    """
-    other = np.sign(metric[None, :] - metric[:, None])
-    pairs = np.einsum("bi,bi->b", counts @ np.abs(other), counts)
-    taus = np.empty((len(counts), len(scores)))
-    for place, row in enumerate(scores):
-        signs = np.sign(row[:, None] - row[None, :])
-        agree = np.einsum("bi,bi->b", counts @ (signs * other), counts)
-        own = np.einsum("bi,bi->b", counts @ np.abs(signs), counts)
-        with np.errstate(invalid="ignore", divide="ignore"):
-            taus[:, place] = agree / np.sqrt(own * pairs)
-    return taus
 
 
 def luck(

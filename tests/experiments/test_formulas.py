@@ -16,7 +16,7 @@ from torch import Tensor
 
 import gan.tasks
 from experiments import calibrate, cli, formulas, trials
-from experiments.agreement import kendall
+from experiments.agreement import kendall, weighted_taus
 from experiments.calibrate import StudyFolder, open_study, trials_of
 from experiments.candidates import NamedPlan
 from experiments.formulas import (
@@ -33,7 +33,6 @@ from experiments.formulas import (
     beyond,
     luck,
     main,
-    weighted_taus,
 )
 from experiments.trials import Trial
 from gan.checkpoints import state_hash
