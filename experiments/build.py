@@ -148,14 +148,19 @@ def smallest_plan(
 
 
 def warm_up(
-    task: Task, budgets: dict[str, Budget], cost: str, options: ElasticOptions, on_step: object = None
+    task: Task,
+    budgets: dict[str, Budget],
+    cost: str,
+    options: ElasticOptions,
+    on_step: object = None,
+    start: Mapping[str, ElasticNetwork] | None = None,
 ) -> dict[str, ElasticNetwork]:
-    """Train elastic weights for the budgets of a run."""
+    """Train elastic weights for the budgets of a run; from the dense weights, or on from ``start``."""
     smallest = smallest_plan(task, budgets, cost)
-    ordered = task.ordered()
+    begun = task.ordered() if start is None else start
     trained = train_elastic(
         (task.networks["generator"], task.networks["discriminator"]),
-        (ordered["generator"], ordered["discriminator"]),
+        (begun["generator"], begun["discriminator"]),
         (smallest["generator"], smallest["discriminator"]),
         (task.multiples["generator"], task.multiples["discriminator"]),
         task.train,

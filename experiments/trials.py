@@ -28,7 +28,7 @@ from gan.features import load_extractor
 from gan.files import file_hash
 from gan.loop import LoopOptions, TrainingProgress
 from gan.plans import Plan
-from gan.tasks import AGENTS, Task, load_elastic, load_task
+from gan.tasks import AGENTS, Task, load_task, named_elastic
 from gan.training import Lessons, TrainingOptions
 
 Split = Literal["val", "test"]
@@ -178,9 +178,7 @@ class Settings:
 
     def elastic(self, task: Task) -> Mapping[str, ElasticNetwork]:
         """The weights that plans are cut from."""
-        if self.weights in ("elastic", "dense"):
-            return task.elastic_weights(self.weights)  # type: ignore[arg-type]
-        return load_elastic(Path(self.weights), task)
+        return named_elastic(self.weights, task)
 
     def judged(self, task: Task) -> PairedImages:
         """The images that the results are measured on."""

@@ -374,11 +374,18 @@ class PerceptualDistance:
 
     def __call__(self, made: Tensor, targets: Tensor) -> Tensor:
         """Relative distance (0-d) of made images to targets, both (N, 3, H, W) in [−1, 1]."""
-        stages = self.stages
-        if stages is None:
-            size = seen_at(*made.shape[-2:])
-            stages = load_differentiable_stages(image_size=size, device=str(self.device))
-        maps = stages(made)
-        with torch.no_grad():
-            wanted = stages(targets)
-        return relative_distance(maps, wanted)
+        return self.from_maps(made, self.maps(targets))
+
+    @torch.no_grad()
+    def maps(self, targets: Tensor) -> list[Tensor]:
+        """What is seen in targets (N, 3, H, W), for several :meth:`from_maps`."""
+        return self._stages(targets)(targets)  # type: ignore[no-any-return]
+
+    def from_maps(self, made: Tensor, wanted: Sequence[Tensor]) -> Tensor:
+        """Relative distance (0-d) of made images (N, 3, H, W) to targets of which these maps were seen."""
+        return relative_distance(self._stages(made)(made), wanted)
+
+    def _stages(self, images: Tensor) -> nn.Module:
+        if self.stages is not None:
+            return self.stages
+        return load_differentiable_stages(image_size=seen_at(*images.shape[-2:]), device=str(self.device))

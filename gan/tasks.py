@@ -558,5 +558,16 @@ def load_elastic(path: Path, task: Task) -> dict[str, ElasticNetwork]:
     return result
 
 
+def named_elastic(name: str, task: Task) -> dict[str, ElasticNetwork]:
+    """What plans are cut from: ``elastic`` (the task's own weights), ``dense``, or a file of elastic ones.
+
+    Raises:
+        UserError: as :func:`load_elastic`.
+    """
+    if name in ("elastic", "dense"):
+        return task.elastic_weights(name)  # type: ignore[arg-type]
+    return load_elastic(Path(name), task)
+
+
 def _hash_tensor(network: nn.Module) -> Tensor:
     return torch.tensor(list(bytes.fromhex(tensors_hash(network.state_dict()))), dtype=torch.uint8)

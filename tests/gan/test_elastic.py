@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gan.checkpoints import state_hash, tensors_hash
 from gan.data import PairedImages, to_float, to_uint8
+from gan.distillation import PerceptualDistance
 from gan.elastic import (
     Adversary,
     ElasticNetwork,
@@ -21,8 +22,9 @@ from gan.elastic import (
     teaching_images,
     train_elastic,
 )
+from gan.errors import UserError
 from gan.importance import l1_importance
-from gan.losses import paired_input
+from gan.losses import output_distillation, paired_input
 from gan.norm_statistics import recompute_statistics
 from tests.gan.conftest import Pair, random, tiny_pairs
 
@@ -137,6 +139,36 @@ def test_an_adversary_changes_the_generator_and_neither_teacher(pair):
     assert [state_hash(network) for network in (pair.generator, pair.discriminator)] == before
     assert tensors_hash(plain[0].tensors) != tensors_hash(fought[0].tensors)
     assert all(bool(tensor.isfinite().all()) for tensor in fought[0].tensors.values())
+
+
+def test_the_perceptual_distance_is_one_to_the_dense_outputs(pair, monkeypatch):
+    """With the loss that there is in its place only its scale changes, which Adam does not see."""
+
+    class SameLoss(PerceptualDistance):
+        def maps(self, targets: Tensor) -> list[Tensor]:
+            return [targets]
+
+        def from_maps(self, made: Tensor, wanted: Sequence[Tensor]) -> Tensor:
+            return output_distillation(made, *wanted)
+
+    def apart(first: Trained, second: Trained) -> float:
+        one, two = (trained[0].tensors for trained in (first, second))
+        return sum(float((one[name] - two[name]).float().abs().sum()) for name in one)
+
+    options = replace(OPTIONS, steps=3)
+    plain, perceived = train(pair, options), train(pair, replace(options, perceptual=2.0))
+    monkeypatch.setattr("gan.elastic.PerceptualDistance", SameLoss)
+    twice = train(pair, replace(options, perceptual=1.0))
+    assert apart(twice, plain) < 0.02 * apart(perceived, plain)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("steps", 0), ("batch_size", -1), ("learning_rate", float("nan")), ("spread", -0.1), ("mixing", 2.0)],
+)
+def test_options_that_no_warm_up_can_use_are_refused(option: str, value: float) -> None:
+    with pytest.raises(UserError, match=f"{option.replace('_', ' ')} is {value}"):
+        replace(OPTIONS, **{option: value}).check()
 
 
 def test_the_adversary_learns_to_tell_made_from_dense(pair):
