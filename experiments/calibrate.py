@@ -45,6 +45,7 @@ from experiments.build import (
 from experiments.candidates import NamedPlan, draw_plans, found_plan
 from experiments.families import FEWEST_TO_HALVE, Halves, weigh
 from experiments.figures import TERMS, Cloud, calibration, save_figure
+from experiments.report import markdown_table
 from experiments.runs import (
     check_least,
     create_run,
@@ -852,15 +853,10 @@ def markdown(
     """The tables as a Markdown file."""
     lines = [f"{protocol(options, study)}.", ""]
     lines += [*(f"- {fact}" for fact in (*facts, *study.notes)), ""]
-    lines += _table(HEADINGS, rows)
+    lines.append(markdown_table([HEADINGS, *rows]))
     if halves is not None:
-        lines += ["", f"- {on_halves(halves)}", "", *_table(FAMILY_HEADINGS, family_rows(halves))]
+        lines += ["", f"- {on_halves(halves)}", "", markdown_table([FAMILY_HEADINGS, *family_rows(halves)])]
     return "\n".join(lines) + "\n"
-
-
-def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
-    lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
-    return lines + ["| " + " | ".join(row) + " |" for row in rows]
 
 
 SHOWN = (0, 1, 3, 4, 5)

@@ -33,6 +33,7 @@ from experiments.figures import (
     save_figure,
     score_curves,
 )
+from experiments.report import markdown_table
 from experiments.trials import TrialResult
 from gan.evaluation import COLUMNS, KID
 from gan.files import write_text
@@ -197,12 +198,6 @@ def with_interval(estimate: Interval, form: str = "{:+.2f}") -> str:
     return f"{text} ({form.format(estimate.low)} to {form.format(estimate.high)})"
 
 
-def markdown(lines: Sequence[Sequence[str]]) -> str:
-    """A Markdown table; the first line is its head."""
-    rows = [lines[0], ["---"] * len(lines[0]), *lines[1:]]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
-
-
 def standings(strata: Strata) -> str:
     """The main table of one or all cells, a label a row."""
     tuned = KID in strata.runs
@@ -232,7 +227,7 @@ def standings(strata: Strata) -> str:
                 f"{mean(np.concatenate(strata.of(label, 'margin_spread')).tolist()):.3f}" if whole else "",
             ]
         lines.append(line)
-    return markdown(lines)
+    return markdown_table(lines)
 
 
 def improvement_table(strata: Strata, column: str, sign: float) -> str:
@@ -245,7 +240,7 @@ def improvement_table(strata: Strata, column: str, sign: float) -> str:
             for second in labels
         ]
         lines.append([first, *cells])
-    return markdown(lines)
+    return markdown_table(lines)
 
 
 def paired_table(runs: pd.DataFrame) -> str:
@@ -270,7 +265,7 @@ def paired_table(runs: pd.DataFrame) -> str:
             estimate = paired_difference(both["a"], both["b"], LEVEL) if len(both) else NOTHING
             parts.append(with_interval(estimate, "{:+.4f}"))
         lines.append([label, str(len(common)), *parts])
-    return markdown(lines)
+    return markdown_table(lines)
 
 
 def short(title: str) -> str:

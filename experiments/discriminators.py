@@ -31,7 +31,7 @@ from experiments.build import (
 )
 from experiments.candidates import found_plans, shape_proportions
 from experiments.figures import Estimates, intervals, save_figure
-from experiments.report import show_table
+from experiments.report import markdown_table, show_table
 from experiments.runs import (
     STUDY_FREE_ON_RESUME,
     RunFolder,
@@ -400,7 +400,7 @@ def markdown(rows: Mapping[str, Row], even: str) -> str:
     level = f"{LEVEL:.0%} interval"
     heads = ["discriminator", "cost kept", "gap before", "KID* ↓", f"Δ to full ({level})"]
     heads += [f"Δ to {even} ({level})", "L1 ↓", "coverage* ↑", "margin", "its sd", "seconds"]
-    lines = [heads, ["---"] * len(heads)]
+    lines = [heads]
     for label, row in rows.items():
         means = row.means
         lines.append(
@@ -418,7 +418,7 @@ def markdown(rows: Mapping[str, Row], even: str) -> str:
                 f"{means['seconds']:.0f}",
             ]
         )
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown_table(lines)
 
 
 if __name__ == "__main__":

@@ -36,6 +36,7 @@ from experiments.agreement import (
 )
 from experiments.calibrate import KID, Sizes, StudyFolder, named, read_study, reopen_study, settings_of
 from experiments.candidates import NamedPlan
+from experiments.report import markdown_table
 from experiments.runs import plain
 from experiments.trials import Trial, Workbench
 from experiments.watch import Watch
@@ -1365,7 +1366,7 @@ def markdown(table: Mapping[str, Any]) -> str:
     beside = [f"{weight:g} beside {base}" for base in bases for weight in BESIDE]
     headings = ["formula", "τ", "better half", "regret", "τ with MMD²", "partial τ", *beside, "s"]
     for family in dict.fromkeys(row.family for row in table["rows"]):
-        lines += ["", f"## {family}", "", "| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
+        tabled = [headings]
         for row in sorted(
             (r for r in table["rows"] if r.family == family), key=lambda r: -_known(r.tau.value)
         ):
@@ -1379,21 +1380,21 @@ def markdown(table: Mapping[str, Any]) -> str:
                 *(f"{row.beside[name][0]:.2f}, {row.beside[name][1]:.1%}" for name in beside),
                 "" if math.isnan(row.seconds) else f"{row.seconds:.2f}",
             ]
-            lines.append("| " + " | ".join(cells) + " |")
+            tabled.append(cells)
+        lines += ["", f"## {family}", "", markdown_table(tabled)]
     if table["luck"]:
         heads = "formulas|best|gain in τ|chance, 95 %|p|chosen on a half, gain on the other|most often chosen"
-        lines += ["", "## The best of many", "", f"|{heads}|", "|" + "---|" * 7]
+        tabled = [heads.split("|")]
         for name, found in table["luck"].items():
             often = ", ".join(f"{one} {share:.0%}" for one, share in list(found.chosen.items())[:3])
-            lines.append(
-                f"| {name} | {found.name} | {found.gain:+.2f} | {found.chance:.2f} | {found.p:.2f} "
-                f"| {_interval(found.confirmed)} | {often} |"
-            )
+            numbers = [f"{found.gain:+.2f}", f"{found.chance:.2f}", f"{found.p:.2f}"]
+            tabled.append([name, found.name, *numbers, _interval(found.confirmed), often])
+        lines += ["", "## The best of many", "", markdown_table(tabled)]
     if table["beyond"]:
-        heads = "formulas|largest partial τ|of|chance, 95 %|p"
-        lines += ["", "## Beyond MMD²", "", f"|{heads}|", "|" + "---|" * 5]
+        tabled = [["formulas", "largest partial τ", "of", "chance, 95 %", "p"]]
         for name, one in table["beyond"].items():
-            lines.append(f"| {name} | {one.tau:.2f} | {one.name} | {one.chance:.2f} | {one.p:.3f} |")
+            tabled.append([name, f"{one.tau:.2f}", one.name, f"{one.chance:.2f}", f"{one.p:.3f}"])
+        lines += ["", "## Beyond MMD²", "", markdown_table(tabled)]
     return "\n".join(lines) + "\n"
 
 

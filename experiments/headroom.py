@@ -35,7 +35,7 @@ from experiments.build import (
 )
 from experiments.candidates import SHAPES, shape_proportions
 from experiments.figures import Estimates, intervals, save_figure
-from experiments.report import show_table
+from experiments.report import markdown_table, show_table
 from experiments.runs import (
     STUDY_FREE_ON_RESUME,
     RunFolder,
@@ -485,7 +485,7 @@ def table(result: Mapping[str, Any]) -> str:
     level = f"{LEVEL:.0%} interval"
     heads = ["plan", "score", "KID* ↓", f"Δ KID* to uniform ({level})", "Δ, %", "L1 ↓", "coverage* ↑"]
     heads += ["MACs, M", "params, k", "latency, ms"]
-    lines = [heads, ["---"] * len(heads)]
+    lines = [heads]
     for name, row in result["rows"].items():
         value, low, high = row["difference"]
         spread = "" if row["kid_spread"] is None else f" ± {row['kid_spread']:.4f}"
@@ -505,7 +505,7 @@ def table(result: Mapping[str, Any]) -> str:
                 f"{means['latency_ms']:.2f}",
             ]
         )
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown_table(lines)
 
 
 if __name__ == "__main__":

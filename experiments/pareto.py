@@ -18,10 +18,10 @@ from envs.pruning_env import PruningEnv
 from envs.rewards import Weights, term_rewards
 from experiments import cli
 from experiments.build import build_budgets, build_learner, check_counterparts, pick_device
-from experiments.comparison_report import markdown
 from experiments.credit import Searched, reopen, settings_of
 from experiments.figures import Frontier, FrontPanel, fronts, save_figure
 from experiments.front import Place, halvings, hypervolume
+from experiments.report import markdown_table
 from experiments.runs import (
     RunFolder,
     log_header,
@@ -388,13 +388,13 @@ def table(made: Sequence[Front], dense: Mapping[str, float], cost: str, note: st
             rows.append([front.label, f"{point.cost:.4f}", score, *values, widths])
     places = ", ".join(f"{METRICS[metric]} {reference_place(made, metric).value:.4f}" for metric in metrics)
     return (
-        f"{markdown(lines)}\n\nHypervolume: the area that a front dominates, in halvings of the generator's "
-        f"{cost} × the metric; reference point: the dense cost, and the worst of the uniform plans "
-        f"({places}). Evaluations: those of the searches, and one for every plan that a policy was asked "
-        f"for; uniform plans and the random ones behind the unit of the scores are not counted. A front of "
-        f"fewer plans, or of other budgets, dominates less for that alone; policies and uniform were asked "
-        f"for {asked_budgets(made[0])}.\n\n"
-        f"{markdown(rows)}\n\n{note}\n"
+        f"{markdown_table(lines)}\n\nHypervolume: the area that a front dominates, in halvings of the "
+        f"generator's {cost} × the metric; reference point: the dense cost, and the worst of the "
+        f"uniform plans ({places}). Evaluations: those of the searches, and one for every plan that a policy "
+        f"was asked for; uniform plans and the random ones behind the unit of the scores are not counted. "
+        f"A front of fewer plans, or of other budgets, dominates less for that alone; policies and uniform "
+        f"were asked for {asked_budgets(made[0])}.\n\n"
+        f"{markdown_table(rows)}\n\n{note}\n"
     )
 
 

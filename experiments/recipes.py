@@ -18,7 +18,7 @@ from experiments.agreement import Interval, paired_difference
 from experiments.build import ImageCounts, build_budgets, fixed_shares, image_counts, pick_device, prunable
 from experiments.candidates import found_plans
 from experiments.figures import Estimates, intervals, save_figure
-from experiments.report import show_table
+from experiments.report import markdown_table, show_table
 from experiments.runs import (
     STUDY_FREE_ON_RESUME,
     RunFolder,
@@ -436,7 +436,7 @@ def estimates(plan: str, rows: Mapping[str, Row], reference: tuple[float, ...], 
 def markdown(rows: Mapping[str, Row], first: str, seeds: int) -> str:
     """The table of one plan, a recipe a row."""
     heads = ["recipe", "KID* ↓", f"Δ to {first}", "L1 ↓", "density* ↑", "coverage* ↑", "seconds"]
-    lines = [heads, ["---"] * len(heads)]
+    lines = [heads]
     for name, row in rows.items():
         means, (mean, low, high) = row.means, row.to_first
         interval = f" ({low:+.4f} to {high:+.4f})" if seeds > 1 else ""
@@ -451,7 +451,7 @@ def markdown(rows: Mapping[str, Row], first: str, seeds: int) -> str:
                 f"{means['seconds']:.0f}",
             ]
         )
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown_table(lines)
 
 
 if __name__ == "__main__":

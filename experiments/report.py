@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +59,12 @@ def show_table(table: Path, console: Console) -> None:
     """
     console.print(table.read_text(), highlight=False, soft_wrap=True)
     console.print(f"everything is in {table.parent}", highlight=False, soft_wrap=True)
+
+
+def markdown_table(lines: Iterable[Sequence[str]]) -> str:
+    """A Markdown table; the first line is its head. A ``|`` in a cell does not end it."""
+    heads, *rows = ([cell.replace("|", "\\|") for cell in line] for line in lines)
+    return "\n".join("| " + " | ".join(row) + " |" for row in (heads, ["---"] * len(heads), *rows))
 
 
 LatencyErrors = Mapping[str, Mapping[str, Mapping[str, float]]]

@@ -31,7 +31,7 @@ from experiments.build import (
 )
 from experiments.candidates import NamedPlan, best_of_run, draw_over_range, found_plan
 from experiments.figures import MOST_SERIES, Cloud, calibration, save_figure
-from experiments.report import show_table
+from experiments.report import markdown_table, show_table
 from experiments.runs import (
     RunFolder,
     check_least,
@@ -489,16 +489,16 @@ def table(judged: Mapping[str, Judged], reach: Mapping[str, Mapping[str, Any]], 
         f"They reach over {spans}. They may lead searches at: {led or 'no budget'}; a search adds "
         f"{CAUTION:g} standard deviations to every prediction.",
         "",
-        "| plans of | number | τ, left out singly | τ, left out together | error, log KID | in deviations |",
-        "|---|---|---|---|---|---|",
     ]
+    heads = ["plans of", "number", "τ, left out singly", "τ, left out together"]
+    tabled = [[*heads, "error, log KID", "in deviations"]]
     for source, row in judged.items():
         one, apart = (
             "" if math.isnan(t.value) else f"{t.value:.2f} [{t.low:.2f}, {t.high:.2f}]"
             for t in (row.tau, row.apart)
         )
-        lines.append(f"| {source} | {row.plans} | {one} | {apart} | {row.error:.3f} | {row.z:.2f} |")
-    return "\n".join(lines) + "\n"
+        tabled.append([source, str(row.plans), one, apart, f"{row.error:.3f}", f"{row.z:.2f}"])
+    return "\n".join([*lines, markdown_table(tabled)]) + "\n"
 
 
 if __name__ == "__main__":

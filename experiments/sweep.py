@@ -22,7 +22,7 @@ from experiments.build import (
 )
 from experiments.figures import Curve, quality_curves, save_figure
 from experiments.headroom import Cell, CellFolder
-from experiments.report import show_table
+from experiments.report import markdown_table, show_table
 from experiments.runs import (
     STUDY_FREE_ON_RESUME,
     RunFolder,
@@ -236,7 +236,7 @@ def markdown(results: Results, dense: Mapping[str, float]) -> str:
     """A share a row: each way's KID, L1 and coverage, and KID as a multiple of the dense pair's."""
     heads = ["kept", *(f"{name}: KID* (× dense), L1, coverage*" for name in results)]
     dense_cell = f"{dense[KID]:.4f}, {dense['l1']:.4f}, {dense['prdc_coverage']:.3f}"
-    lines = [heads, ["---"] * len(heads), ["dense", dense_cell, *([""] * (len(results) - 1))]]
+    lines = [heads, ["dense", dense_cell, *([""] * (len(results) - 1))]]
     for share in sorted(next(iter(results.values())), reverse=True):
         cells = [f"{share:.1%}"]
         for by_share in results.values():
@@ -246,7 +246,7 @@ def markdown(results: Results, dense: Mapping[str, float]) -> str:
             )
             cells.append(f"{kid:.4f} ({kid / dense[KID]:.2f}), {l1:.4f}, {coverage:.3f}")
         lines.append(cells)
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+    return markdown_table(lines)
 
 
 if __name__ == "__main__":

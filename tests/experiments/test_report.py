@@ -5,7 +5,7 @@ import io
 import pytest
 from rich.console import Console
 
-from experiments.report import SHOWN, evaluation_table, latency_errors, print_latency
+from experiments.report import SHOWN, evaluation_table, latency_errors, markdown_table, print_latency
 from gan.evaluation import COLUMNS
 from gan.latency import measure_latency
 from gan.plans import Plan
@@ -30,6 +30,16 @@ def test_the_table_shows_every_figure_in_80_columns() -> None:
     assert kid.split()[2:] == ["0.000", "1.000", "2.000", "3.000", "4.000", "5.000"]
     macs = next(line for line in lines if "generator MACs" in line)
     assert macs.split()[-1] == "9.4"
+
+
+def test_a_markdown_table_keeps_its_columns() -> None:
+    lines = [["gap", "τ"], ["|made − dense|", "0.5"], ["", "–"]]
+    assert markdown_table(lines).splitlines() == [
+        "| gap | τ |",
+        "| --- | --- |",
+        r"| \|made − dense\| | 0.5 |",
+        "|  | – |",
+    ]
 
 
 def test_every_column_of_a_row_is_shown_or_stands_in_the_title() -> None:
