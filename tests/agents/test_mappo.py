@@ -251,9 +251,10 @@ def test_minibatches_divide_the_rollout(rows: int, minibatches: int, size: int) 
     assert batch_size(rows, minibatches) == size
 
 
-def test_mappo_beats_random() -> None:
+@pytest.mark.parametrize("learner", ["mappo", "ippo"])
+def test_beats_random(learner: str) -> None:
     """Mean best score after 300 evaluations under ``step``, over 5 fixed seeds."""
-    assert np.mean(best_scores("mappo", 5, "step")) > np.mean(best_scores("random", 5, "step"))
+    assert np.mean(best_scores(learner, 5, "step")) > np.mean(best_scores("random", 5, "step"))
 
 
 @pytest.mark.slow
