@@ -18,7 +18,8 @@ from gan.errors import UserError, unknown
 from gan.evaluations import PrunableNetwork
 
 DEFAULT_BUDGETS: dict[str, float] = {"generator": 0.10, "discriminator": 0.50}
-"""Network kind → keep ratio of its cost: at 25 % of a generator uniform is nearly unbeatable, not at 10 %."""
+"""Network kind → keep ratio of its cost; at 10 % of the U-Net's parameters the shape matters most
+(docs/calibration.md); the other embedded tasks take the same."""
 
 LARGEST_MOVE = 6.0
 """One decision changes a proportion by at most this factor. With 3, what a good plan cuts to an eighth stayed

@@ -85,7 +85,7 @@ class ElasticOptions:
     """Weight of fooling a critic that learns to tell the elastic outputs from the dense ones."""
     perceptual: float = 0.0
     """Weight of the distance to the dense outputs in early features of EfficientNet-Lite1, with which no
-    figure is measured; that of the mean absolute difference is 1. Finetuning has 100 beside 50."""
+    figure is measured; that of the mean absolute difference is 1."""
     shift: int = 8
     """Largest shift of the images, in pixels."""
     mixing: float = 0.5
