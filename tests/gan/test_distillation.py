@@ -206,7 +206,7 @@ def test_larger_images_are_looked_at_more_closely(
     monkeypatch.setattr("gan.distillation.relative_distance", lambda made, wanted: (made - wanted).sum())
     images = torch.zeros(1, 3, *shape)
     assert float(PerceptualDistance()(images, images)) == 0
-    assert asked == [size]
+    assert asked == [size, size]  # for what is wanted and for what is made; loaded once, it is cached
 
 
 @pytest.mark.parametrize(
