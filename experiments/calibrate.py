@@ -66,7 +66,7 @@ from gan.files import write_json, write_text
 from gan.plans import Plan
 from gan.scoring import FORMULAS
 from gan.surrogate import FEWEST, Scope, Surrogate, cautious, load_surrogate
-from gan.tasks import AGENTS, Task, load_task
+from gan.tasks import AGENTS, Task, load_task, named_elastic
 
 DESCRIPTION = """Draws plans of equal cost, scores them, finetunes them with several seeds, and reports how
 well the score and each of its terms predict the finetuned result: Kendall's tau and the regret of the plan
@@ -244,7 +244,7 @@ def open_study(options: Options) -> tuple[Options, StudyFolder]:
     check_counterparts(task, "val")
     check_reachable(task, budgets, options.cost)
     for weights in (options.elastic, *extra.values()):
-        settings_of(options, weights).elastic(task)
+        named_elastic(weights, task)
     options = replace(options, elastic=absolute_weights(options.elastic))
     networks = prunable(task, options.cost)
     if options.surrogate is not None:
@@ -297,7 +297,7 @@ def reopen_study(options: Options, path: Path) -> tuple[Options, StudyFolder]:
     if not options.report:
         task = load_task(own.task, pick_device(own.device))
         for weights in files.values():
-            settings_of(own, weights).elastic(task)
+            named_elastic(weights, task)
         if merged.surrogate is not None:
             check_surrogate(merged, task)
         stored = replace(own, score_with=merged.score_with)
@@ -392,7 +392,7 @@ def score(
     with watch.stage(f"score {name}") as stage:
         scorer = task.scorer(
             options.cost,
-            weights=settings_of(options, weights).elastic(task),
+            weights=named_elastic(weights, task),
             probe=sizes.images.probe,
             statistics_images=sizes.images.statistics,
         )

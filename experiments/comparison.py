@@ -33,7 +33,7 @@ from gan.elastic import ElasticOptions
 from gan.errors import unknown
 from gan.evaluations import CountedScorer, EvaluationLog, PlanScorer
 from gan.files import file_hash, write_json
-from gan.tasks import Start, Task, load_task, save_elastic
+from gan.tasks import Start, Task, load_task, named_elastic, save_elastic
 
 FULL = "full"
 """The variant that nothing is taken from."""
@@ -354,7 +354,7 @@ class Searcher:
         if place not in self._scorers:
             task = self.study.task(place.task, place.cost)
             images = image_counts(self.study.quick)
-            weights = Settings(place.task, place.weights, 1, device=self.study.device).elastic(task)
+            weights = named_elastic(place.weights, task)
             problem = Problem(place.budget, 1, place.cost, place.start)
             self._scorers[place] = problem.scorer(task, weights, images, place.weights == "elastic")
             if len(self._scorers) > SCORERS:

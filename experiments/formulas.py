@@ -54,7 +54,7 @@ from gan.losses import paired_input
 from gan.plans import Plan
 from gan.runtime import bfloat16_pays
 from gan.scoring import Scorer, run_batched
-from gan.tasks import load_task
+from gan.tasks import load_task, named_elastic
 from gan.training import Lessons, PairedTrainer, TrainingOptions
 
 DESCRIPTION = """Computes many formulas of a plan's gaps for the plans of a finished calibration study and
@@ -214,7 +214,7 @@ class Bench:
     def __init__(self, options: calibrate.Options) -> None:
         sizes = Sizes.of(options)
         self.task = load_task(options.task)
-        weights = settings_of(options, options.elastic).elastic(self.task)
+        weights = named_elastic(options.elastic, self.task)
         self.scorer: Scorer = self.task.scorer(
             options.cost, weights=weights, probe=sizes.images.probe, statistics_images=sizes.images.statistics
         )
