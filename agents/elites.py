@@ -181,7 +181,7 @@ def _row(values: Any) -> Tensor:
 
 
 class WideBeginning(BaseCallback):
-    """Lets actions vary more while a search is young; between rollouts, as PPO's ratios want it.
+    """Lets actions vary more, and all alike, while a search is young; between rollouts, as PPO's ratios want it.
 
     Args:
         scorer: counts the evaluations; it must have a limit.
@@ -198,11 +198,13 @@ class WideBeginning(BaseCallback):
     def _on_training_start(self) -> None:
         if self._exploring:
             self._set(self.wide)
+            self.model.policy.learn_state_std(False)  # type: ignore[operator]
 
     def _on_rollout_start(self) -> None:
         limit = self.scorer.limit
         if self._exploring and limit is not None and self.scorer.evaluations >= self.share * limit:
             self._set(self.narrow)
+            self.model.policy.learn_state_std(True)  # type: ignore[operator]
             self._exploring = False
 
     def _on_step(self) -> bool:

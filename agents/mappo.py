@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
+from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.policies import ActorCriticPolicy
 from stable_baselines3.common.torch_layers import BaseFeaturesExtractor
 from torch import Tensor, nn
@@ -46,6 +47,9 @@ Critic = Literal["shared", "own"]
 KIND = LOCAL_NAMES.index("is_discriminator")
 POSITION = LOCAL_NAMES.index("position")
 
+STD_FACTOR = 10.0
+"""By at most this factor the standard deviation of one group's actions differs from the common one."""
+
 
 @dataclass(frozen=True)
 class MappoOptions:
@@ -63,6 +67,10 @@ class MappoOptions:
         clip: largest change of a probability ratio in one update.
         entropy: weight of the entropy bonus.
         std: initial standard deviation of actions; 1 is a move by the factor ``envs.budget.LARGEST_MOVE``.
+        state_std: whether the standard deviation is learned as a function of what the actor sees, like the
+            mean; else it is one number for all groups. What matters for a plan's worth can then become
+            certain while the rest still varies. It begins when ``explore`` ends: learned from few plans, it
+            would make a policy certain of the first that was not poor.
         explore: share of the evaluations, in [0, 1], during which a new policy's actions vary more: a good
             region that is far from uniform pruning has to be met before it can be learned.
         wide: their standard deviation in the beginning.
@@ -83,6 +91,7 @@ class MappoOptions:
     clip: float = 0.2
     entropy: float = 0.0
     std: float = 0.25
+    state_std: bool = True
     explore: float = 0.15
     wide: float = 0.6
     elites: int = 8
@@ -197,7 +206,8 @@ class Trunks(nn.Module):
 class TeamPolicy(ActorCriticPolicy):
     """A policy over ``Dict(local, state)``: decentralised actors, a critic of its own eyes.
 
-    The actions' mean is exactly 0 to begin with: uniform pruning. Actions are clipped, not squashed: inside
+    The actions' mean is exactly 0 to begin with: uniform pruning; their standard deviation is the same for
+    all, and with ``state_std`` a second head on the actor's trunk learns what to multiply it by. Actions are clipped, not squashed: inside
     the box the Gaussian is what it says, 0 stays reachable exactly, and SB3 squashes only under gSDE, whose
     noise would be the same for a whole rollout.
 
@@ -206,11 +216,17 @@ class TeamPolicy(ActorCriticPolicy):
         critic: whose critic it is, and with that what it sees.
         hidden: width of the hidden layers.
         waves: position frequencies of the actors.
+        state_std: whether the standard deviation depends on what an actor sees.
         options: as of SB3's policies.
     """
 
-    def __init__(self, *args: Any, critic: Critic, hidden: int, waves: int, **options: Any) -> None:
+    std_net: nn.Linear | None
+
+    def __init__(
+        self, *args: Any, critic: Critic, hidden: int, waves: int, state_std: bool, **options: Any
+    ) -> None:
         self._trunks = {"critic": critic, "hidden": hidden, "waves": waves}
+        self._state_std = state_std
         # set here, not by the caller: a policy that is built alone would forget it and share its extractor
         super().__init__(
             *args, **{**options, "features_extractor_class": Both, "share_features_extractor": False}
@@ -221,6 +237,25 @@ class TeamPolicy(ActorCriticPolicy):
     def _build_mlp_extractor(self) -> None:
         local, state = (self.observation_space[key].shape[0] for key in ("local", "state"))  # type: ignore[index]
         self.mlp_extractor = Trunks(local, state, **self._trunks)  # type: ignore[assignment, arg-type]
+        self.std_net = None
+        if self._state_std:
+            # SB3 gives its optimiser what exists after this method
+            self.std_net = nn.Linear(self.mlp_extractor.latent_dim_pi, 1)
+            nn.init.zeros_(self.std_net.weight)
+            nn.init.zeros_(self.std_net.bias)
+
+    def learn_state_std(self, learn: bool) -> None:
+        """Whether the second head learns; while it never has, all standard deviations are the common one."""
+        if self.std_net is not None:
+            self.std_net.requires_grad_(learn)
+
+    def _get_action_dist_from_latent(self, latent_pi: Tensor) -> Distribution:
+        log_std: Tensor = self.log_std
+        if self.std_net is not None:
+            bound = math.log(STD_FACTOR)
+            log_std = log_std + self.std_net(latent_pi).clamp(-bound, bound)
+        means = self.action_net(latent_pi)
+        return self.action_dist.proba_distribution(means, log_std)  # type: ignore[call-arg]
 
 
 class Mappo:
@@ -347,5 +382,6 @@ class Mappo:
             "critic": options.critic,
             "hidden": options.hidden,
             "waves": options.waves,
+            "state_std": options.state_std,
             "log_std_init": math.log(options.std),
         }

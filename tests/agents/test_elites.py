@@ -80,10 +80,16 @@ def test_imitation_makes_the_best_episodes_likelier_and_leaves_the_critic_alone(
     best = ppo.best(2)
     observations = {part: torch.cat([e.observations[part] for e in best]) for part in best[0].observations}
     actions = torch.cat([episode.actions for episode in best])
+    returns = torch.cat([episode.returns for episode in best])
+    with torch.no_grad():
+        surplus = (returns - ppo.policy.predict_values(observations).flatten()).clamp(min=0)
+    assert surplus.max() > 0
 
     def likelihood() -> float:
+        """Of what came to more than the critic expects, by how much more."""
         with torch.no_grad():
-            return float(ppo.policy.evaluate_actions(observations, actions)[1].mean())
+            found = ppo.policy.evaluate_actions(observations, actions)[1]
+        return float((surplus * found).sum() / surplus.sum())
 
     critic = [parameter.clone() for parameter in ppo.policy.mlp_extractor.critic.parameters()]
     before = likelihood()
@@ -209,6 +215,34 @@ def test_actions_vary_more_only_while_the_search_is_young() -> None:
     assert old == pytest.approx([0.3] * len(old), rel=1e-4)
     assert young
     assert old
+
+
+def test_actions_vary_alike_while_the_search_is_young() -> None:
+    seen: list[tuple[int, float]] = []
+    env = toy_env(80, "final")
+    agent = Mappo(episodes=4, explore=0.2)
+
+    class Watch:
+        def on_plan(self, evaluation: object) -> None:
+            assert agent.policy is not None
+            assert agent.policy.std_net is not None
+            seen.append((env.scorer.evaluations, float(agent.policy.std_net.weight.detach().abs().max())))
+
+        def on_episode(self, episode: object) -> None:
+            pass
+
+    env.listener = Watch()  # type: ignore[assignment]
+    agent.learn(env)
+    assert {size for evaluations, size in seen if evaluations <= 16} == {0.0}
+    assert seen[-1][1] > 0
+    # One that is known learns them from the start.
+    known = agent.policy
+    assert known is not None
+    agent.learn(toy_env(30, "final"))
+    assert agent.policy is not None
+    assert agent.policy.std_net is not None
+    assert agent.policy.std_net.weight.requires_grad
+    assert not torch.equal(agent.policy.std_net.weight, known.std_net.weight)  # type: ignore[union-attr]
 
 
 def test_a_policy_that_has_learned_keeps_its_own_deviation() -> None:

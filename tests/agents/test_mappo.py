@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from pathlib import Path
 
@@ -9,8 +10,9 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from agents.elites import Remembered
 from agents.learning import LOCAL_NAMES, STATE_NAMES, batch_size, private_randomness
-from agents.mappo import KIND, Mappo
+from agents.mappo import KIND, STD_FACTOR, Mappo, TeamPolicy
 from agents.registry import build_agent
 from agents.vec_env import TeamVecEnv
 from envs.pruning_env import Reward
@@ -40,6 +42,11 @@ def perturbed(name: str = "mappo") -> Mappo:
     return agent
 
 
+def deviations(policy: TeamPolicy, batch: Batch) -> list[float]:
+    """The standard deviation of every row's action."""
+    return policy.get_distribution(batch).distribution.stddev.flatten().tolist()
+
+
 def changed(before: torch.Tensor, after: torch.Tensor) -> list[bool]:
     return [bool(row) for row in (before != after).flatten(1).any(1)]
 
@@ -48,6 +55,47 @@ def test_a_fresh_policy_acts_0(batch: Batch) -> None:
     policy = build_agent("mappo")._build_policy()
     assert policy.get_distribution(batch).mode().abs().max() == 0
     assert policy.log_std.exp().item() == pytest.approx(build_agent("mappo").options.std)
+    assert deviations(policy, batch) == pytest.approx([build_agent("mappo").options.std] * 6)
+
+
+def test_deviations_are_what_an_actor_sees_makes_of_the_common_one(batch: Batch) -> None:
+    policy = perturbed().policy
+    before = deviations(policy, batch)
+    assert len({round(value, 6) for value in before}) == 6
+    assert deviations(policy, batch | {"state": batch["state"] + 0.1}) == before
+    with torch.no_grad():
+        policy.log_std += math.log(2.0)  # as a wide beginning does
+    assert deviations(policy, batch) == pytest.approx([2 * value for value in before])
+    with torch.no_grad():
+        policy.std_net.bias += torch.tensor(100.0)
+    common = policy.log_std.exp().item()
+    assert deviations(policy, batch) == pytest.approx([STD_FACTOR * common] * 6)
+
+
+def test_without_state_std_all_deviations_are_one(batch: Batch) -> None:
+    agent = build_agent("mappo", state_std=False)
+    policy = agent._build_policy()
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter += 0.1
+    assert policy.std_net is None
+    assert deviations(policy, batch) == pytest.approx([policy.log_std.exp().item()] * 6)
+
+
+def test_what_good_episodes_agree_on_becomes_certain_first(batch: Batch) -> None:
+    """Imitated actions are the same in one kind of network and vary in the other."""
+    rng = torch.Generator().manual_seed(0)
+    with private_randomness():
+        ppo = Mappo(episodes=2, imitation=40)._build_ppo(TeamVecEnv(toy_env(1000, "final")))
+        ppo.learn(1)
+        is_discriminator = batch["local"][:, KIND : KIND + 1]
+        episodes = []
+        for _ in range(8):
+            varied = 0.3 * torch.randn(6, 1, generator=rng)
+            episodes.append(Remembered(batch, varied * is_discriminator, torch.full((6,), 1000.0)))
+        ppo._imitate(episodes)
+    certain, varying = torch.tensor(deviations(ppo.policy, batch)).view(3, 2).mean(0)
+    assert certain < 0.7 * varying
 
 
 def test_actors_see_their_own_vector_and_the_shared_critic_the_state_too(batch: Batch) -> None:
@@ -92,6 +140,7 @@ def test_the_extractor_cannot_be_shared() -> None:
         critic="shared",
         hidden=8,
         waves=0,
+        state_std=True,
         share_features_extractor=True,
     )
     assert not rebuilt.share_features_extractor
