@@ -181,7 +181,9 @@ def _row(values: Any) -> Tensor:
 
 
 class WideBeginning(BaseCallback):
-    """Lets actions vary more, and all alike, while a search is young; between rollouts, as PPO's ratios want it.
+    """Lets actions vary more, and all alike, while a search is young.
+
+    What it changes it changes between rollouts, as PPO's ratios want it.
 
     Args:
         scorer: counts the evaluations; it must have a limit.

@@ -206,10 +206,10 @@ class Trunks(nn.Module):
 class TeamPolicy(ActorCriticPolicy):
     """A policy over ``Dict(local, state)``: decentralised actors, a critic of its own eyes.
 
-    The actions' mean is exactly 0 to begin with: uniform pruning; their standard deviation is the same for
-    all, and with ``state_std`` a second head on the actor's trunk learns what to multiply it by. Actions are clipped, not squashed: inside
-    the box the Gaussian is what it says, 0 stays reachable exactly, and SB3 squashes only under gSDE, whose
-    noise would be the same for a whole rollout.
+    The actions' mean is exactly 0 to begin with: uniform pruning. Their standard deviation is the same for
+    all then; with ``state_std`` a second head on the actor's trunk learns what to multiply it by. Actions are
+    clipped, not squashed: inside the box the Gaussian is what it says, 0 stays reachable exactly, and SB3
+    squashes only under gSDE, whose noise would be the same for a whole rollout.
 
     Args:
         args: as of SB3's policies.
@@ -333,8 +333,10 @@ class Mappo:
         try:
             policy.load_state_dict(tensors)
         except RuntimeError as error:
-            detail = str(error).splitlines()[-1].strip()
-            raise UserError(f"the policy in {folder} does not fit its options: {detail}") from error
+            detail = str(error).splitlines()[-1].strip(" \t.")
+            raise UserError(
+                f"the policy in {folder} does not fit its options: {detail}; train it again"
+            ) from error
         self.options, self.policy = options, policy
 
     def _build_ppo(self, slots: TeamVecEnv) -> ElitePPO:
