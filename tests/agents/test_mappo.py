@@ -282,7 +282,7 @@ def test_weights_of_another_size_are_refused(tmp_path: Path) -> None:
     content = json.loads(path.read_text())
     content["options"]["hidden"] = 9
     path.write_text(json.dumps(content))
-    with pytest.raises(UserError, match="does not fit its options.*; train it again"):
+    with pytest.raises(UserError, match=r"does not fit its options.*; train it again"):
         build_agent("mappo").load(tmp_path)
 
 
