@@ -100,6 +100,17 @@ def check_interface(folder: Path, content: Mapping[str, Any]) -> None:
         )
 
 
+def misfit(folder: Path, error: RuntimeError) -> UserError:
+    """What to say of a saved policy whose tensors its network does not take.
+
+    Args:
+        folder: where it lies.
+        error: of torch; its last line says what differs.
+    """
+    detail = str(error).splitlines()[-1].strip(" \t.")
+    return UserError(f"the policy in {folder} does not fit its options: {detail}; train it again")
+
+
 def batch_size(rows: int, minibatches: int) -> int:
     """Rows per minibatch: a divisor of all rows, at least 2, as near to the wish as there is."""
     divisors = [size for size in range(2, rows + 1) if rows % size == 0]

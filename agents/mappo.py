@@ -32,6 +32,7 @@ from agents.learning import (
     batch_size,
     check_interface,
     describe_interface,
+    misfit,
     private_randomness,
 )
 from agents.tensorboard import EpisodeLog
@@ -333,10 +334,7 @@ class Mappo:
         try:
             policy.load_state_dict(tensors)
         except RuntimeError as error:
-            detail = str(error).splitlines()[-1].strip(" \t.")
-            raise UserError(
-                f"the policy in {folder} does not fit its options: {detail}; train it again"
-            ) from error
+            raise misfit(folder, error) from error
         self.options, self.policy = options, policy
 
     def _build_ppo(self, slots: TeamVecEnv) -> ElitePPO:

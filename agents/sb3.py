@@ -36,6 +36,7 @@ from agents.learning import (
     batch_size,
     check_interface,
     describe_interface,
+    misfit,
     private_randomness,
 )
 from agents.tensorboard import EpisodeLog
@@ -208,8 +209,7 @@ class Sb3:
             self.options, self.keywords = before
             if isinstance(error, UserError):
                 raise
-            detail = str(error).splitlines()[-1].strip()
-            raise UserError(f"the policy in {folder} does not fit its options: {detail}") from error
+            raise misfit(folder, error) from error
         self.policy, self.agents = policy, agents
 
     def _check_agents(self, env: PruningEnv) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ import torch
 
 from agents.elites import ElitePPO, Remembered, uniform_episode
 from agents.learning import private_randomness
-from agents.mappo import Mappo
+from agents.mappo import Mappo, TeamPolicy
 from agents.vec_env import TeamVecEnv
 from envs.pruning_env import PruningEnv, Reward
 from envs.toy import toy_env
@@ -23,6 +24,24 @@ def rolled_out(reward: Reward = "final", episodes: int = 3, **options: object) -
         ppo = Mappo(episodes=episodes, **options)._build_ppo(TeamVecEnv(env))
         ppo.learn(1)
     return ppo, env
+
+
+def watched(agent: Mappo, look: Callable[[TeamPolicy], float]) -> list[tuple[int, float]]:
+    """Let an agent search for 80 evaluations; what its policy looked like at each of them."""
+    env = toy_env(80, "final")
+    seen: list[tuple[int, float]] = []
+
+    class Watch:
+        def on_plan(self, evaluation: object) -> None:
+            assert agent.policy is not None
+            seen.append((env.scorer.evaluations, look(agent.policy)))
+
+        def on_episode(self, episode: object) -> None:
+            pass
+
+    env.listener = Watch()  # type: ignore[assignment]
+    agent.learn(env)
+    return seen
 
 
 @pytest.mark.parametrize("reward", ["final", "step"])
@@ -195,20 +214,8 @@ def test_without_elites_nothing_is_remembered() -> None:
 
 
 def test_actions_vary_more_only_while_the_search_is_young() -> None:
-    deviations: list[tuple[int, float]] = []
-    env = toy_env(80, "final")
     agent = Mappo(episodes=4, explore=0.2, wide=0.9, std=0.3, learning_rate=1e-9, imitation=0)
-
-    class Watch:
-        def on_plan(self, evaluation: object) -> None:
-            assert agent.policy is not None
-            deviations.append((env.scorer.evaluations, float(agent.policy.log_std.detach().exp())))
-
-        def on_episode(self, episode: object) -> None:
-            pass
-
-    env.listener = Watch()  # type: ignore[assignment]
-    agent.learn(env)
+    deviations = watched(agent, lambda policy: float(policy.log_std.detach().exp()))
     young = [deviation for evaluations, deviation in deviations if evaluations <= 16]
     old = [deviation for evaluations, deviation in deviations if evaluations > 16 + 4]
     assert young == pytest.approx([0.9] * len(young), rel=1e-4)
@@ -218,22 +225,14 @@ def test_actions_vary_more_only_while_the_search_is_young() -> None:
 
 
 def test_actions_vary_alike_while_the_search_is_young() -> None:
-    seen: list[tuple[int, float]] = []
-    env = toy_env(80, "final")
     agent = Mappo(episodes=4, explore=0.2)
 
-    class Watch:
-        def on_plan(self, evaluation: object) -> None:
-            assert agent.policy is not None
-            assert agent.policy.std_net is not None
-            seen.append((env.scorer.evaluations, float(agent.policy.std_net.weight.detach().abs().max())))
+    def size(policy: TeamPolicy) -> float:
+        assert policy.std_net is not None
+        return float(policy.std_net.weight.detach().abs().max())
 
-        def on_episode(self, episode: object) -> None:
-            pass
-
-    env.listener = Watch()  # type: ignore[assignment]
-    agent.learn(env)
-    assert {size for evaluations, size in seen if evaluations <= 16} == {0.0}
+    seen = watched(agent, size)
+    assert {largest for evaluations, largest in seen if evaluations <= 16} == {0.0}
     assert seen[-1][1] > 0
     # One that is known learns them from the start.
     known = agent.policy
