@@ -16,7 +16,14 @@ import torch
 from torch import Tensor, nn
 
 from gan.data import PairedImages, to_float
-from gan.distillation import PerceptualDistance
+from gan.distillation import (
+    FeatureDistance,
+    Lesson,
+    PerceptualDistance,
+    generator_taps,
+    recorded,
+    some_places,
+)
 from gan.errors import UserError
 from gan.groups import ChannelGroup
 from gan.importance import l1_importance, order_of
@@ -86,6 +93,8 @@ class ElasticOptions:
     perceptual: float = 0.0
     """Weight of the distance to the dense outputs in early features of EfficientNet-Lite1, with which no
     figure is measured; that of the mean absolute difference is 1."""
+    features: float = 0.0
+    """Weight of the distance between the generator's feature maps and the dense ones, by kernel alignment."""
     shift: int = 8
     """Largest shift of the images, in pixels."""
     mixing: float = 0.5
@@ -104,7 +113,7 @@ class ElasticOptions:
             value = getattr(self, name)
             if not 0 < value < math.inf:  # NaN too
                 raise UserError(f"the warm-up's {name.replace('_', ' ')} is {value}; it must be above 0")
-        for name in ("spread", "tilt", "adversarial", "perceptual", "shift", "seed"):
+        for name in ("spread", "tilt", "adversarial", "perceptual", "features", "shift", "seed"):
             value = getattr(self, name)
             if not 0 <= value < math.inf:
                 raise UserError(f"the warm-up's {name} is {value}; it must be 0 or more")
@@ -252,12 +261,16 @@ def train_elastic(
     dense_widths = [network.slicer.dense_widths for network in networks]
     adversary = Adversary(networks[1].network(smallest[1]), options) if options.adversarial > 0 else None
     perceived = PerceptualDistance(device=device) if options.perceptual > 0 else None
+    slicer = networks[0].slicer
+    taps = generator_taps(teacher, slicer.groups) if options.features > 0 else ()
+    alike = FeatureDistance("alignment", taps, teacher, teacher, options.seed)
     amp = partial(torch.autocast, device.type, torch.bfloat16, enabled=bfloat16_pays(device))
     images = teaching_images(pairs, options, random)
     for step in range(options.steps):
         inputs, targets = (x.to(device) for x in next(images))
-        with torch.no_grad(), amp():
+        with torch.no_grad(), recorded(teacher, taps) as maps, amp():
             lesson = teacher(inputs).float()
+        features = {name: some_places(maps[name], step) for name in taps}
         seen_in_lesson = [] if perceived is None else perceived.maps(lesson)
         condition = condition_of(critic, inputs, targets.shape[1])
         optimizers[0].zero_grad(set_to_none=True)
@@ -265,8 +278,8 @@ def train_elastic(
         made = inputs
         draw = random_widths(dense_widths[0], multiples[0], smallest[0], options, random)
         for widths in (dense_widths[0], tuple(smallest[0]), draw):
-            with amp():
-                made = networks[0].slicer.run(weights[0], widths, inputs, training=True).float()
+            with slicer.recorded(taps) as maps, amp():
+                made = slicer.run(weights[0], widths, inputs, training=True).float()
             loss = output_distillation(made, lesson)
             total += float(loss.detach())
             if adversary is not None:
@@ -274,6 +287,8 @@ def train_elastic(
                     loss = loss + options.adversarial * adversary.fooled(condition, made)
             if perceived is not None:
                 loss = loss + options.perceptual * perceived.from_maps(made, seen_in_lesson)
+            if taps:
+                loss = loss + options.features * alike(maps, Lesson(lesson, features, step))
             loss.backward()  # type: ignore[no-untyped-call]
         optimizers[0].step()
         if adversary is not None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from gan.distillation import recorded
 from gan.groups import (
     CONVOLUTIONS,
     NORMS,
@@ -168,6 +170,10 @@ class Slicer:
         output = functional_call(self._skeleton, sliced, inputs)
         assert isinstance(output, Tensor)
         return output
+
+    def recorded(self, taps: Sequence[str]) -> AbstractContextManager[dict[str, Tensor]]:
+        """Within it, :meth:`run` leaves the outputs of the named modules in the dict."""
+        return recorded(self._skeleton, taps)
 
     def network(
         self, tensors: Mapping[str, Tensor], widths: Sequence[int], shared: bool = False

@@ -12,7 +12,14 @@ from torch import Tensor
 
 from gan.checkpoints import state_hash, tensors_hash
 from gan.data import PairedImages, to_float, to_uint8
-from gan.distillation import PerceptualDistance
+from gan.distillation import (
+    FeatureDistance,
+    Lesson,
+    PerceptualDistance,
+    generator_taps,
+    recorded,
+    some_places,
+)
 from gan.elastic import (
     Adversary,
     ElasticNetwork,
@@ -162,9 +169,36 @@ def test_the_perceptual_distance_is_one_to_the_dense_outputs(pair, monkeypatch):
     assert apart(twice, plain) < 0.02 * apart(perceived, plain)
 
 
+def maps_apart(pair: Pair, elastic: ElasticNetwork, widths: Sequence[int]) -> float:
+    """Distance of a slice's feature maps to the dense ones, on images that no warm-up here has seen."""
+    slicer, inputs = elastic.slicer, pair.statistics["generator"]
+    taps = generator_taps(pair.generator, slicer.groups)
+    with torch.no_grad(), slicer.recorded(taps) as made, recorded(pair.generator, taps) as dense:
+        slicer.run(elastic.tensors, widths, inputs, training=True)
+        outputs = pair.generator.eval()(inputs)
+    wanted = {name: some_places(maps, 0) for name, maps in dense.items()}
+    distance = FeatureDistance("alignment", taps, pair.generator, pair.generator, 0)
+    return float(distance(made, Lesson(outputs, wanted, 0)))
+
+
+def test_feature_maps_are_brought_nearer_to_the_dense_ones(pair):
+    plain, taught = (train(pair, replace(OPTIONS, features=weight)) for weight in (0.0, 5.0))
+    distances = [maps_apart(pair, trained[0], SMALLEST[0]) for trained in (plain, taught)]
+    print(distances)
+    assert distances[1] < 0.9 * distances[0]
+    assert tensors_hash(plain[1].tensors) != tensors_hash(taught[1].tensors)  # its lessons hold made images
+
+
 @pytest.mark.parametrize(
     ("option", "value"),
-    [("steps", 0), ("batch_size", -1), ("learning_rate", float("nan")), ("spread", -0.1), ("mixing", 2.0)],
+    [
+        ("features", -1.0),
+        ("steps", 0),
+        ("batch_size", -1),
+        ("learning_rate", float("nan")),
+        ("spread", -0.1),
+        ("mixing", 2.0),
+    ],
 )
 def test_options_that_no_warm_up_can_use_are_refused(option: str, value: float) -> None:
     with pytest.raises(UserError, match=f"{option.replace('_', ' ')} is {value}"):
