@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from stable_baselines3.common.callbacks import BaseCallback
 
+from agents.base import Agent
 from agents.tensorboard import EpisodeLog
 from envs.budget import LARGEST_MOVE
 from envs.observations import LOCAL_FIELDS, STATE_FIELDS
-from envs.pruning_env import Reward
+from envs.pruning_env import PruningEnv, Reward
 from gan.errors import UserError
 from gan.evaluations import CountedScorer
 
@@ -32,6 +33,34 @@ hears of 0.2 %, and policies settle early. See docs/results.md."""
 
 ENDLESS = 2**40
 """Steps that SB3 may take: the evaluations end a search, not the steps."""
+
+
+@contextmanager
+def last_for_the_proposal(env: PruningEnv, agent: Agent, log: EpisodeLog) -> Iterator[None]:
+    """Within it a search ends one evaluation early; after it, that one scores what its policy proposes.
+
+    A policy is better than most of the episodes that it is sampled in, and now and then better than the best
+    of them. A plan that was scored before costs nothing, and the evaluation is left. Where budgets are ranges
+    there is no one plan to propose, and all evaluations go to the search.
+
+    Args:
+        env: its scorer has a limit.
+        agent: can propose afterwards.
+        log: takes it as the last episode.
+    """
+    scorer = env.scorer
+    kept = scorer.limit
+    if kept is None or not all(budget.fixed for budget in env.budgets.values()):
+        yield
+        return
+    scorer.limit = kept - 1
+    try:
+        yield
+    finally:
+        scorer.limit = kept
+    if not scorer.exhausted:
+        proposed = env.evaluate(agent.propose(env))
+        log.record(scorer.evaluations, proposed.potential, proposed.term_scores)
 
 
 class Progress(BaseCallback):

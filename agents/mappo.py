@@ -32,6 +32,7 @@ from agents.learning import (
     batch_size,
     check_interface,
     describe_interface,
+    last_for_the_proposal,
     misfit,
     private_randomness,
 )
@@ -286,7 +287,7 @@ class Mappo:
         check_limited(env, self.name)
         log = EpisodeLog(self.tensorboard)
         try:
-            with private_randomness():
+            with last_for_the_proposal(env, self, log), private_randomness():
                 options = self.options
                 explore = options.explore if self.policy is None else 0.0  # one that is known goes on
                 ppo = self._build_ppo(TeamVecEnv(env))

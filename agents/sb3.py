@@ -36,6 +36,7 @@ from agents.learning import (
     batch_size,
     check_interface,
     describe_interface,
+    last_for_the_proposal,
     misfit,
     private_randomness,
 )
@@ -149,7 +150,7 @@ class Sb3:
         self._check_agents(env)
         log = EpisodeLog(self.tensorboard)
         try:
-            with private_randomness(), suppress(Spent):
+            with last_for_the_proposal(env, self, log), private_randomness(), suppress(Spent):
                 model = self._build(Stage(env, log, self.options.std), env.horizon, self.policy)
                 model.set_logger(log.logger)
                 self.policy, self.agents = model.policy, len(env.possible_agents)

@@ -175,12 +175,22 @@ def test_the_search_ends_with_its_evaluations_in_mid_episode_too(recorded: Recor
     left_over = []
     for limit in (21, 22, 23):
         env, recorder = recorded(limit)
-        build_agent("mappo").learn(env)
+        agent = build_agent("mappo")
+        agent.learn(env)
         assert env.scorer.evaluations == len(set(recorder.keys)) == limit
-        assert recorder.keys[-1] not in recorder.keys[:-1]  # ended right at the last new plan
-        assert len(recorder.episodes) == len(recorder.plans) // env.horizon
-        left_over.append(len(recorder.plans) % env.horizon)
+        *searched, proposed = recorder.keys
+        assert proposed == agent.propose(env).key  # what the last evaluation is for
+        assert searched[-1] not in searched[:-1]  # ended right at the last new plan
+        assert len(recorder.episodes) == len(searched) // env.horizon + 1
+        left_over.append(len(searched) % env.horizon)
     assert any(left_over)
+
+
+def test_where_budgets_are_ranges_all_evaluations_go_to_the_search(recorded: Recorded) -> None:
+    env, recorder = recorded(12, reward="final", budgets={"generator": "0.1:0.5"})
+    build_agent("mappo").learn(env)
+    assert env.scorer.evaluations == 12
+    assert len(recorder.plans) == len(recorder.episodes)
 
 
 def test_training_changes_the_proposal_and_goes_on_from_a_loaded_policy(

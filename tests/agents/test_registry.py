@@ -19,7 +19,9 @@ def test_every_agent_learns_proposes_and_comes_back(name: str, recorded: Recorde
     agent = build_agent(name, seed=3)
     assert agent.name == name
     agent.learn(env)
-    assert env.scorer.exhausted or name in RULES
+    # a policy's last evaluation is for its proposal, and left where that is no new plan
+    known = agent.propose(env).key in recorder.keys
+    assert env.scorer.exhausted or name in RULES or (env.scorer.evaluations == 23 and known)
     assert env.scorer.evaluations <= 24
     spent, told, best = (env.scorer.evaluations, env.scorer.requests), len(recorder.plans), env.best
     proposed = agent.propose(env)
