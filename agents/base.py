@@ -38,6 +38,8 @@ class Agent(Protocol):
     def learn(self, env: PruningEnv) -> None:
         """Search until ``env.scorer.exhausted``, or until there is nothing left to learn.
 
+        A policy's last evaluation is for its proposal, and is left where that is no new plan.
+
         Deterministic: the same seed asks for the same plans. A second call goes on from what the first (or
         :meth:`load`) gave.
 

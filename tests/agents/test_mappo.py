@@ -16,9 +16,11 @@ from agents.mappo import KIND, STD_FACTOR, Mappo, TeamPolicy
 from agents.registry import build_agent
 from agents.vec_env import TeamVecEnv
 from envs.pruning_env import Reward
+from envs.records import Evaluation
 from envs.toy import toy_env, toy_optimum
 from gan.errors import UserError
-from tests.agents.conftest import Recorded, best_scores
+from gan.plans import Plan
+from tests.agents.conftest import Recorded, Recorder, best_scores
 
 Batch = dict[str, torch.Tensor]
 
@@ -186,11 +188,32 @@ def test_the_search_ends_with_its_evaluations_in_mid_episode_too(recorded: Recor
     assert any(left_over)
 
 
-def test_where_budgets_are_ranges_all_evaluations_go_to_the_search(recorded: Recorded) -> None:
-    env, recorder = recorded(12, reward="final", budgets={"generator": "0.1:0.5"})
-    build_agent("mappo").learn(env)
+def test_where_budgets_are_ranges_all_evaluations_go_to_the_search(
+    recorded: Recorded, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def propose(*_: object) -> Plan:
+        raise AssertionError("there is no one plan to propose")
+
+    env, _ = recorded(12, reward="final", budgets={"generator": "0.1:0.5"})
+    agent = build_agent("mappo")
+    monkeypatch.setattr(agent, "propose", propose)
+    agent.learn(env)
     assert env.scorer.evaluations == 12
-    assert len(recorder.plans) == len(recorder.episodes)
+
+
+def test_a_search_that_fails_leaves_the_limit_as_it_was(recorded: Recorded) -> None:
+    class Failing(Recorder):
+        def on_plan(self, evaluation: Evaluation) -> None:
+            super().on_plan(evaluation)
+            if len(self.plans) == 5:
+                raise RuntimeError("the disk is full")
+
+    env, _ = recorded(12, reward="final")
+    env.listener = failing = Failing()
+    with pytest.raises(RuntimeError, match="disk"):
+        build_agent("mappo").learn(env)
+    assert env.scorer.limit == 12
+    assert len(failing.plans) == 5
 
 
 def test_training_changes_the_proposal_and_goes_on_from_a_loaded_policy(
