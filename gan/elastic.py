@@ -270,7 +270,7 @@ def train_elastic(
         inputs, targets = (x.to(device) for x in next(images))
         with torch.no_grad(), recorded(teacher, taps) as maps, amp():
             lesson = teacher(inputs).float()
-        features = {name: some_places(maps[name], step) for name in taps}
+        taught = Lesson(lesson, {name: some_places(maps[name], step) for name in taps}, step)
         seen_in_lesson = [] if perceived is None else perceived.maps(lesson)
         condition = condition_of(critic, inputs, targets.shape[1])
         optimizers[0].zero_grad(set_to_none=True)
@@ -288,7 +288,7 @@ def train_elastic(
             if perceived is not None:
                 loss = loss + options.perceptual * perceived.from_maps(made, seen_in_lesson)
             if taps:
-                loss = loss + options.features * alike(maps, Lesson(lesson, features, step))
+                loss = loss + options.features * alike(maps, taught)
             loss.backward()  # type: ignore[no-untyped-call]
         optimizers[0].step()
         if adversary is not None:
