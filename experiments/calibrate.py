@@ -44,7 +44,7 @@ from experiments.build import (
 )
 from experiments.candidates import NamedPlan, draw_plans, found_plan
 from experiments.families import FEWEST_TO_HALVE, Halves, weigh
-from experiments.figures import TERMS, Cloud, calibration, save_figure
+from experiments.figures import TERMS, Cloud, calibration, publish
 from experiments.report import markdown_table
 from experiments.runs import (
     check_least,
@@ -676,7 +676,7 @@ def additions(study: Study) -> Halves | None:
 
 
 def report(options: Options, folder: StudyFolder, console: Console) -> None:
-    """Write ``calibration.json``, ``table.md`` and ``scatter.png``, and print the table."""
+    """Write ``calibration.json``, ``table.md`` and ``scatter.png`` and ``.pdf``, and print the table."""
     study = read_study(options, folder)
     found = {(column.weights, column.name): predictions(column, study) for column in study.columns}
     noise = {
@@ -720,7 +720,7 @@ def report(options: Options, folder: StudyFolder, console: Console) -> None:
     if panels:
         title = f"{options.task}: {len(study.plans)} plans at equal cost, {study.results[KID].shape[1]} seeds"
         kinds = [named.kind for named in study.plans]
-        save_figure(calibration(panels, study.results[KID], kinds, title=title), folder.scatter)
+        publish(calibration(panels, study.results[KID], kinds, title=title), folder.scatter)
     show(console, study, facts, rows, halves)
     console.print(f"everything is in {folder.path}", highlight=False, soft_wrap=True)
 

@@ -30,7 +30,7 @@ from experiments.figures import (
     balance,
     improvements,
     intervals,
-    save_figure,
+    publish,
     score_curves,
 )
 from experiments.report import markdown_table
@@ -371,5 +371,4 @@ def write_report(folder: Path, outcomes: Sequence[Outcome], protocol: str) -> No
         parts += ["## Paired differences", paired_table(runs)]
     write_text(folder / "report.md", "\n\n".join([*parts, ""]))
     for name, figure in figures.items():
-        for suffix in (".png", ".pdf"):
-            save_figure(figure, folder / f"{name}{suffix}")
+        publish(figure, folder / f"{name}.png")

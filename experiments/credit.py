@@ -17,7 +17,7 @@ from tyro.conf import Positional, arg
 from envs.pruning_env import PruningEnv
 from experiments import cli
 from experiments.build import image_counts, pick_device, with_latency
-from experiments.figures import GapHistory, Margins, balance, save_figure
+from experiments.figures import GapHistory, Margins, balance, publish
 from experiments.runs import RunFolder, open_run, plain, read_json, task_of
 from experiments.searching import Problem
 from experiments.trials import Discriminator, Settings, Trial, TrialResult, run_trials
@@ -279,8 +279,7 @@ def main(options: Options) -> None:
     lines = [Margins(label, [one.margins for one in group]) for label, group in results.items()]
     title = f"{known['task']}, {known['algo']}, seed {known['seed']}, {known.get('cost', DEFAULT_COST)}"
     figure = balance(search, lines, title)
-    for suffix in (".png", ".pdf"):
-        save_figure(figure, folder.path / f"balance{suffix}")
+    publish(figure, folder.path / "balance.png")
     console.print(f"{folder.credit}, {folder.path / 'balance.png'}", highlight=False, soft_wrap=True)
 
 

@@ -30,7 +30,7 @@ from experiments.build import (
     prunable,
 )
 from experiments.candidates import found_plans, shape_proportions
-from experiments.figures import Estimates, intervals, save_figure
+from experiments.figures import Estimates, intervals, publish
 from experiments.report import markdown_table, show_table
 from experiments.runs import (
     STUDY_FREE_ON_RESUME,
@@ -358,7 +358,7 @@ def summarise(table: Table, even: str) -> dict[str, Row]:
 def report(
     options: Options, folder: RunFolder, pairs: Mapping[str, Any], tables: Mapping[str, Table]
 ) -> None:
-    """Write ``discriminators.json``, ``table.md`` and ``discriminators.png``."""
+    """Write ``discriminators.json``, ``table.md`` and ``discriminators.png`` and ``.pdf``."""
     sizes, even = Sizes.of(options), even_name(shares_of(options)["discriminator"])
     rows = {name: summarise(table, even) for name, table in with_mean(tables).items()}
     protocol = (
@@ -384,7 +384,7 @@ def report(
     label = "KID* minus that beside the full one, same seeds (negative is better)"
     title = f"mean and {LEVEL:.0%} interval over {sizes.seeds} seeds, dots are seeds"
     panels = [estimates(name, of_name) for name, of_name in rows.items()]
-    save_figure(intervals(panels, label, title), folder.path / "discriminators.png")
+    publish(intervals(panels, label, title), folder.path / "discriminators.png")
 
 
 def estimates(name: str, rows: Mapping[str, Row]) -> Estimates:

@@ -54,6 +54,8 @@ MOST_SERIES = len(COLOURS)
 MOST_COLUMNS = 3
 """Panels beside each other: more would be too small to read on a page."""
 FORMATS = (".png", ".pdf", ".svg")
+PUBLISHED = (".png", ".pdf")
+"""Formats of a study's figures."""
 
 TERMS: dict[str, str] = {
     "crowd_gap": "density: crowds of patches",
@@ -79,6 +81,20 @@ def save_figure(figure: Figure, path: Path) -> Path:
     with mpl.rc_context(STYLE):
         figure.savefig(buffer, format=path.suffix[1:].lower())
     return write_bytes(path, buffer.getvalue())
+
+
+def publish(figure: Figure, path: Path) -> None:
+    """Write a study's figure twice: as a picture to look at and as vectors to print.
+
+    Args:
+        figure: the figure.
+        path: the file of the picture; ``PUBLISHED`` are the suffixes.
+
+    Raises:
+        UserError: a folder that does not exist.
+    """
+    for suffix in PUBLISHED:
+        save_figure(figure, path.with_suffix(suffix))
 
 
 def check_format(path: Path) -> None:

@@ -34,7 +34,7 @@ from experiments.build import (
     with_latency,
 )
 from experiments.candidates import SHAPES, shape_proportions
-from experiments.figures import Estimates, intervals, save_figure
+from experiments.figures import Estimates, intervals, publish
 from experiments.report import markdown_table, show_table
 from experiments.runs import (
     STUDY_FREE_ON_RESUME,
@@ -447,7 +447,7 @@ def summarise(results: Sequence[TrialResult]) -> dict[str, Row]:
 
 
 def write_report(folder: RunFolder, results: Mapping[str, Mapping[str, Any]], options: Options) -> None:
-    """Write ``headroom.json``, ``table.md`` and ``headroom.png`` of the cells that are done.
+    """Write ``headroom.json``, ``table.md`` and ``headroom.png`` and ``.pdf`` of the cells that are done.
 
     Args:
         folder: where they go.
@@ -468,7 +468,7 @@ def write_report(folder: RunFolder, results: Mapping[str, Mapping[str, Any]], op
     panels = [estimates(name, result["rows"]) for name, result in results.items()]
     label = "KID* minus uniform's, same seeds (negative is better)"
     title = f"mean and {LEVEL:.0%} interval over {sizes.seeds} seeds, dots are seeds"
-    save_figure(intervals(panels, label, title), folder.path / "headroom.png")
+    publish(intervals(panels, label, title), folder.path / "headroom.png")
 
 
 def estimates(name: str, rows: Mapping[str, Mapping[str, Any]]) -> Estimates:

@@ -19,7 +19,7 @@ from envs.rewards import Weights, term_rewards
 from experiments import cli
 from experiments.build import build_budgets, build_learner, check_counterparts, pick_device
 from experiments.credit import Searched, reopen, settings_of
-from experiments.figures import Frontier, FrontPanel, fronts, save_figure
+from experiments.figures import Frontier, FrontPanel, fronts, publish
 from experiments.front import Place, halvings, hypervolume
 from experiments.report import markdown_table
 from experiments.runs import (
@@ -463,8 +463,7 @@ def main(options: Options) -> None:
     write_json(output / "front.json", plain(content_of(made, dense, cost, judged)))
     write_text(output / "table.md", text)
     figure = fronts(panels(made, dense), f"share of the generator's {cost} kept", title)
-    for suffix in (".png", ".pdf"):
-        save_figure(figure, output / f"front{suffix}")
+    publish(figure, output / "front.png")
     console.print(text, highlight=False, soft_wrap=True, markup=False)
     console.print(f"everything is in {output}", highlight=False, soft_wrap=True)
 

@@ -17,7 +17,7 @@ from experiments import cli
 from experiments.agreement import Interval, paired_difference
 from experiments.build import ImageCounts, build_budgets, fixed_shares, image_counts, pick_device, prunable
 from experiments.candidates import found_plans
-from experiments.figures import Estimates, intervals, save_figure
+from experiments.figures import Estimates, intervals, publish
 from experiments.report import markdown_table, show_table
 from experiments.runs import (
     STUDY_FREE_ON_RESUME,
@@ -385,7 +385,9 @@ def report(
     dense: Mapping[str, float],
     test: bool = False,
 ) -> None:
-    """Write ``recipes.json``, ``table.md`` and ``recipes.png``; of test beside val, ``recipes_test.json`` …
+    """Write ``recipes.json``, ``table.md``, ``recipes.png`` and ``.pdf``.
+
+    Of test beside val they are called ``recipes_test.json`` and so on.
 
     Args:
         options: of the study.
@@ -421,7 +423,7 @@ def report(
     if any(panel.labels for panel in panels):
         label = f"KID* minus that of {first}, same seeds (negative is better)"
         shown = [panel for panel in panels if panel.labels]
-        save_figure(intervals(shown, label, f"{options.task}, {length}"), folder.path / f"recipes{end}.png")
+        publish(intervals(shown, label, f"{options.task}, {length}"), folder.path / f"recipes{end}.png")
 
 
 def estimates(plan: str, rows: Mapping[str, Row], reference: tuple[float, ...], first: str) -> Estimates:

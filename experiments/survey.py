@@ -30,7 +30,7 @@ from experiments.build import (
     with_latency,
 )
 from experiments.candidates import NamedPlan, best_of_run, draw_over_range, found_plan
-from experiments.figures import MOST_SERIES, Cloud, calibration, save_figure
+from experiments.figures import MOST_SERIES, Cloud, calibration, publish
 from experiments.report import markdown_table, show_table
 from experiments.runs import (
     RunFolder,
@@ -441,7 +441,7 @@ def judge(plans: Sequence[Finetuned], surrogate: Surrogate) -> tuple[dict[str, J
 
 
 def report(options: Options, folder: SurveyFolder, watch: Watch) -> None:
-    """Write the surrogate, ``survey.json``, ``table.md`` and ``predicted.png``."""
+    """Write the surrogate, ``survey.json``, ``table.md`` and ``predicted.png`` and ``.pdf``."""
     plans = collect(options, folder)
     surrogate = fit(plans, score(plans, options, folder, watch), options, folder)
     judged, predicted = judge(plans, surrogate)
@@ -463,7 +463,7 @@ def report(options: Options, folder: SurveyFolder, watch: Watch) -> None:
     clouds = [Cloud("predicted KID of plans left out", "prediction", predicted, judged["all"].tau.value)]
     means = np.array([[statistics.fmean(one.kid)] for one in plans])
     title = f"{options.task}: {len(plans)} plans"
-    save_figure(calibration(clouds, means, kinds_of(plans), title=title), folder.figure)
+    publish(calibration(clouds, means, kinds_of(plans), title=title), folder.figure)
 
 
 def kinds_of(plans: Sequence[Finetuned]) -> list[str]:

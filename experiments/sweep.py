@@ -20,7 +20,7 @@ from experiments.build import (
     image_counts,
     pick_device,
 )
-from experiments.figures import Curve, quality_curves, save_figure
+from experiments.figures import Curve, publish, quality_curves
 from experiments.headroom import Cell, CellFolder
 from experiments.report import markdown_table, show_table
 from experiments.runs import (
@@ -221,8 +221,7 @@ def report(options: Options, folder: RunFolder, results: Results) -> None:
     lines = {title: float(dense[column]) for column, title in SHOWN.items()}
     unit = {"macs": "MACs", "params": "parameters"}[options.cost]
     figure = quality_curves(panels, lines, f"share of the generator's {unit} that is kept", options.task)
-    for suffix in ("png", "pdf"):
-        save_figure(figure, folder.path / f"sweep.{suffix}")
+    publish(figure, folder.path / "sweep.png")
 
 
 def curve(name: str, column: str, by_share: Mapping[float, Sequence[TrialResult]]) -> Curve:

@@ -115,6 +115,7 @@ def test_a_report_finds_what_predicts(study: tuple[Options, StudyFolder]) -> Non
     assert f"| {TERMS['mmd_gap']} | 1.00 [1.00, 1.00] | 1.00 [1.00, 1.00] | 0.0% |" in table
     with Image.open(folder.scatter) as figure:
         assert figure.width > 500
+    assert folder.scatter.with_suffix(".pdf").read_bytes().startswith(b"%PDF")
 
 
 def test_finished_plans_become_a_surrogate(study: tuple[Options, StudyFolder]) -> None:

@@ -63,6 +63,7 @@ def test_the_road_and_its_resume(tmp_path: Path) -> None:
     assert row["kid"] == pytest.approx([1.9, 2.9])
     assert 0.6 < row["means"]["cost"] <= 0.8
     assert (output / "discriminators.png").read_bytes().startswith(b"\x89PNG")
+    assert (output / "discriminators.pdf").read_bytes().startswith(b"%PDF")
     before = (output / "table.md").read_text(), (output / "plans.json").read_bytes()
     discriminators.main(Options(resume=output))
     assert ((output / "table.md").read_text(), (output / "plans.json").read_bytes()) == before

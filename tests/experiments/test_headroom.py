@@ -184,6 +184,7 @@ def test_an_interrupted_study_goes_on(work: Work, tmp_path: Path, capsys: pytest
     assert table.count("| found |") == 2
     assert "-0.0500 (-0.0500 to -0.0500) | -4.5 |" in table
     assert (output / "headroom.png").read_bytes().startswith(b"\x89PNG")
+    assert (output / "headroom.pdf").read_bytes().startswith(b"%PDF")
 
     call("--resume", str(output))  # a finished one is read
     assert (work.searches, work.trained) == (2, 2 * 3 * plans)

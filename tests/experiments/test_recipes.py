@@ -83,6 +83,7 @@ def test_the_road_and_its_resume(fake: Fake, tmp_path: Path) -> None:
         "native.jsonl",
     ]
     assert (output / "recipes.png").read_bytes().startswith(b"\x89PNG")
+    assert (output / "recipes.pdf").read_bytes().startswith(b"%PDF")
     before = (output / "table.md").read_text()
     assert "| from_dense | 2.0000 | -0.5000 (-0.5000 to -0.5000) |" in before
     recipes.main(Options(resume=output))
