@@ -11,7 +11,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import matplotlib as mpl
 import numpy as np
@@ -945,6 +945,9 @@ def _margin_panel(axes: Axes, finetunings: Sequence[Margins]) -> None:
 # Fronts
 
 
+FrontForm = Literal["line", "points", "steps"]
+
+
 @dataclass(frozen=True)
 class Frontier:
     """Plans of several costs.
@@ -953,13 +956,14 @@ class Frontier:
         label: name in the legend.
         costs: (k,) shares of the dense cost, ascending.
         values: (k,) what they are judged by, lower is better.
-        joined: whether one learner answers over the whole range: a line, not points alone.
+        form: a line where one learner answers over the whole range, points where each plan was sought alone,
+            steps where many plans are what else was met.
     """
 
     label: str
     costs: tuple[float, ...]
     values: tuple[float, ...]
-    joined: bool
+    form: FrontForm
 
 
 @dataclass(frozen=True)
@@ -1000,7 +1004,7 @@ def fronts(panels: Sequence[FrontPanel], label: str, title: str = "") -> Figure:
         FigureCanvasAgg(figure)
         for axes, panel in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
             for place, one in enumerate(panel.frontiers):
-                axes.plot(one.costs, one.values, **_front_looks(place, one.joined))
+                axes.plot(one.costs, one.values, **_front_looks(place, one.form))
             axes.plot([1.0], [panel.dense], **DENSE_LOOKS)
             axes.annotate(
                 "dense", (1.0, panel.dense), (-9, 0), textcoords="offset points", ha="right", va="center"
@@ -1016,7 +1020,7 @@ def fronts(panels: Sequence[FrontPanel], label: str, title: str = "") -> Figure:
             axes.set_xlabel(label)
         figure.axes[0].set_ylabel("better ↑ (lower values)" if len(panels) > 1 else "gap (lower is better) ↑")
         handles = [
-            Line2D([], [], label=one.label, **_front_looks(place, one.joined))
+            Line2D([], [], label=one.label, **_front_looks(place, one.form))
             for place, one in enumerate(panels[0].frontiers)
         ]
         figure.legend(handles=handles, loc="outside lower left", ncols=len(panels), handlelength=3.2)
@@ -1028,8 +1032,8 @@ def fronts(panels: Sequence[FrontPanel], label: str, title: str = "") -> Figure:
 DENSE_LOOKS: dict[str, Any] = {"color": "0.1", "marker": "*", "markersize": 12, "linestyle": "none"}
 
 
-def _front_looks(place: int, joined: bool) -> dict[str, Any]:
-    """Uniform pruning, the first, is dashed and grey with empty markers; points alone have no line."""
+def _front_looks(place: int, form: FrontForm) -> dict[str, Any]:
+    """Uniform pruning, the first, is dashed and grey; points have no line, steps no markers."""
     if place == 0:
         grey = "0.45"
         return {
@@ -1040,5 +1044,8 @@ def _front_looks(place: int, joined: bool) -> dict[str, Any]:
             "linestyle": "--",
         }
     looks = _looks(place - 1)
+    if form == "steps":  # what a plan reaches it reaches at every larger cost
+        style = ":" if place % 2 else "-."
+        return {**looks, "marker": "none", "linewidth": 1.3, "linestyle": style, "drawstyle": "steps-post"}
     marker = MARKERS[place % MOST_SERIES]
-    return {**looks, "marker": marker, "markersize": 6.5, "linestyle": "-" if joined else "none"}
+    return {**looks, "marker": marker, "markersize": 6.5, "linestyle": "-" if form == "line" else "none"}

@@ -19,8 +19,8 @@ from envs.rewards import Weights, term_rewards
 from experiments import cli
 from experiments.build import build_budgets, build_learner, check_counterparts, pick_device
 from experiments.credit import Searched, reopen, settings_of
-from experiments.figures import Frontier, FrontPanel, fronts, publish
-from experiments.front import Place, halvings, hypervolume
+from experiments.figures import FrontForm, Frontier, FrontPanel, fronts, publish
+from experiments.front import Place, halvings, hypervolume, undominated
 from experiments.report import markdown_table
 from experiments.runs import (
     RunFolder,
@@ -28,6 +28,7 @@ from experiments.runs import (
     open_run,
     plain,
     read_json,
+    scored_plans,
     spent_evaluations,
     task_of,
 )
@@ -48,6 +49,7 @@ has scored and finetuned."""
 EXAMPLES = (
     ("python experiments/pareto.py runs/edges2emoji-mappo-s0", "the front before finetuning: seconds"),
     ("python experiments/pareto.py runs/RANGE runs/EVOLUTION-*", "beside searches at fixed budgets"),
+    ("python experiments/pareto.py runs/RANGE --scored", "and all that the search scored on its way"),
     ("python experiments/pareto.py runs/RANGE --finetune", "and after finetuning, on val"),
 )
 GAP = "gap"
@@ -64,6 +66,8 @@ class Options:
     """Folders of runs whose searches are over: one or more whose budget is a range, others beside them."""
     points: int = 5
     """Budgets over the range, log-spaced, its ends among them."""
+    scored: bool = False
+    """Also draw the front of all plans that each search scored on its way, which costs nothing more."""
     finetune: bool = False
     """Also finetune every plan, as its run does, and measure it."""
     seeds: int = 1
@@ -133,13 +137,13 @@ class Front:
 
     Attributes:
         label: whose they are.
-        joined: one learner's answers over the range, to be joined by a line.
+        form: how it is drawn.
         evaluations: spent in all: those of the searches, and one for every plan that a policy was asked for.
         points: by rising cost.
     """
 
     label: str
-    joined: bool
+    form: FrontForm
     evaluations: int
     points: tuple[Point, ...]
 
@@ -170,11 +174,14 @@ class Judged:
     def point(self, plan: Plan, budgets: Mapping[str, float]) -> Point:
         """Score a plan, uncounted."""
         gaps = self.env.scorer.score(plan, counted=False).gaps
-        units = {term: gap / self.spreads[term] for term, gap in gaps.items()}
         inside = all(b.low <= budgets[agent] <= b.high for agent, b in self.env.budgets.items())
         score = self.env.evaluate(plan, budgets, counted=False).potential if inside else None
-        gap = math.fsum(term_rewards(units, self.env.weights).values())
-        return Point(plan, dict(budgets), self.cost(plan), score, {GAP: gap})
+        return Point(plan, dict(budgets), self.cost(plan), score, {GAP: self.gap(gaps)})
+
+    def gap(self, gaps: Mapping[str, float]) -> float:
+        """A plan's gaps by term → its one gap."""
+        units = {term: gap / self.spreads[term] for term, gap in gaps.items()}
+        return math.fsum(term_rewards(units, self.env.weights).values())
 
     def cost(self, plan: Plan) -> float:
         """The generators' share of the dense cost."""
@@ -182,10 +189,10 @@ class Judged:
         kept = sum(float(network.cost_of(np.array(plan[agent]))) for agent, network in networks)
         return kept / sum(float(network.cost_of(network.channels)) for _, network in networks)
 
-    def front(self, label: str, joined: bool, evaluations: int, plans: Sequence[Asked]) -> Front:
+    def front(self, label: str, form: FrontForm, evaluations: int, plans: Sequence[Asked]) -> Front:
         """Plans with their budgets → a front."""
         points = sorted((self.point(*asked) for asked in plans), key=lambda point: point.cost)
-        return Front(label, joined, evaluations, tuple(points))
+        return Front(label, form, evaluations, tuple(points))
 
 
 Asked = tuple[Plan, Mapping[str, float]]
@@ -208,19 +215,63 @@ def policy_front(
     agent.load(run.folder.policy)
     plans = [(agent.propose(env, budget), budget) for budget in budgets]
     asked = len({plan.key for plan, _ in plans})
-    return judged.front(label, True, run.evaluations + asked, plans)
+    return judged.front(label, "line", run.evaluations + asked, plans)
 
 
 def fixed_front(judged: Judged, runs: Sequence[Known], label: str) -> Front:
     """The best plans of runs at fixed budgets."""
     best = [read_json(run.folder.plan)["best"] for run in runs]
     plans = [(Plan.from_dict(one), one["budgets"]) for one in best]
-    return judged.front(label, False, sum(run.evaluations for run in runs), plans)
+    return judged.front(label, "points", sum(run.evaluations for run in runs), plans)
 
 
 def uniform_front(judged: Judged, budgets: Sequence[Mapping[str, float]]) -> Front:
     """Equal proportions at each budget; nothing is searched for them."""
-    return judged.front("uniform", True, 0, [(judged.env.uniform_plan(budget), budget) for budget in budgets])
+    return judged.front(
+        "uniform", "line", 0, [(judged.env.uniform_plan(budget), budget) for budget in budgets]
+    )
+
+
+def scored_front(judged: Judged, runs: Sequence[Known], front: Front) -> Front:
+    """A front with all that its searches scored on their way: the plans that no other dominates.
+
+    A search at a fixed budget hands over one plan, a policy one for each budget that it is asked for; what
+    else they scored has been paid for.
+
+    Args:
+        judged: the yardstick.
+        runs: whose searches.
+        front: what they were asked for, or found.
+    """
+    points = list(front.points)
+    for run in runs:
+        for plan, gaps in scored_plans(run.folder):
+            points.append(Point(plan, {}, judged.cost(plan), None, {GAP: judged.gap(gaps)}))
+    ahead: dict[Place, Point] = {}
+    for point in points:
+        ahead.setdefault(Place(halvings(point.cost), point.values[GAP]), point)
+    kept = tuple(ahead[place] for place in undominated(list(ahead)))
+    return Front(f"{front.label}: all that was scored", "steps", front.evaluations, kept)
+
+
+def check_one_yardstick(runs: Sequence[Known]) -> None:
+    """Refuse logs whose gaps do not compare.
+
+    Raises:
+        UserError: a search without an evaluation log, or scored otherwise than the first one.
+    """
+    home = log_header(runs[0].folder.evaluations)
+    for run in runs:
+        header = log_header(run.folder.evaluations)
+        if not header:
+            raise UserError(f"--scored needs the evaluation log of {run.folder.path}; leave out one of both")
+        for name in home:
+            if header.get(name) != home[name]:
+                raise UserError(
+                    f"{run.folder.path} was scored with another {name} than {runs[0].folder.path} "
+                    f"({header.get(name)}, {home[name]}), so that their logs do not compare; leave out that "
+                    "run or --scored"
+                )
 
 
 def open_runs(paths: Sequence[Path]) -> tuple[list[Known], list[Known]]:
@@ -297,21 +348,27 @@ def group_labels(runs: Sequence[Known], kind: str) -> dict[str, list[Known]]:
 
 
 def make_fronts(
-    ranged: Sequence[Known], fixed: Sequence[Known], points: int, device: str
+    ranged: Sequence[Known], fixed: Sequence[Known], points: int, device: str, scored: bool = False
 ) -> tuple[Judged, list[Front]]:
-    """Every front before finetuning, uniform first."""
+    """Every front before finetuning, uniform first; of all that was scored, where wanted, in the end."""
     opened: list[Searched] = [reopen(run.folder, run.options, device) for run in ranged]
     opened[0].env.prepare()
     judged = Judged(opened[0].env)
     budgets = judged.budgets(points)
     made = [uniform_front(judged, budgets)]
+    searches: list[tuple[Sequence[Known], Front]] = []
     labels = group_labels(ranged, "one policy")
     for label, runs in labels.items():
         for number, run in enumerate(runs, start=1):
             name = label if len(runs) == 1 else f"{label}, run {number}"
             env = opened[ranged.index(run)].env
             made.append(policy_front(judged, run, env, budgets, name))
-    made += [fixed_front(judged, runs, name) for name, runs in group_labels(fixed, "a run a budget").items()]
+            searches.append(([run], made[-1]))
+    for name, runs in group_labels(fixed, "a run a budget").items():
+        made.append(fixed_front(judged, runs, name))
+        searches.append((runs, made[-1]))
+    if scored:
+        made += [scored_front(judged, runs, front) for runs, front in searches]
     return judged, made
 
 
@@ -379,21 +436,27 @@ def table(made: Sequence[Front], dense: Mapping[str, float], cost: str, note: st
     rows = [["front", f"{cost} kept", "score", *(f"{METRICS[metric]} ↓" for metric in metrics), "generator"]]
     rows.append(["dense", "1", "", *(f"{dense[metric]:.4f}" for metric in metrics), ""])
     for front in made:
-        for point in front.points:
+        for point in front.points if front.form != "steps" else ():
             score = "" if point.score is None else f"{point.score:+.3f}"
             values = [f"{point.values[metric]:.4f}" for metric in metrics]
             widths = "; ".join(
                 " ".join(map(str, point.plan[a])) for a in point.plan if kind_of(a) == "generator"
             )
             rows.append([front.label, f"{point.cost:.4f}", score, *values, widths])
+    seen = (
+        "Of all that was scored the plans stand that no other of them dominates; they are listed in "
+        "front.json. "
+        if any(front.form == "steps" for front in made)
+        else ""
+    )
     places = ", ".join(f"{METRICS[metric]} {reference_place(made, metric).value:.4f}" for metric in metrics)
     return (
         f"{markdown_table(lines)}\n\nHypervolume: the area that a front dominates, in halvings of the "
         f"generator's {cost} × the metric; reference point: the dense cost, and the worst of the "
         f"uniform plans ({places}). Evaluations: those of the searches, and one for every plan that a policy "
         f"was asked for; uniform plans and the random ones behind the unit of the scores are not counted. "
-        f"A front of fewer plans, or of other budgets, dominates less for that alone; policies and uniform "
-        f"were asked for {asked_budgets(made[0])}.\n\n"
+        f"{seen}A front of fewer plans, or of other budgets, dominates less for that alone; policies and "
+        f"uniform were asked for {asked_budgets(made[0])}.\n\n"
         f"{markdown_table(rows)}\n\n{note}\n"
     )
 
@@ -422,7 +485,7 @@ def panels(made: Sequence[Front], dense: Mapping[str, float]) -> list[FrontPanel
                     else f"{front.label} (no search)",
                     tuple(point.cost for point in front.points),
                     tuple(point.values[metric] for point in front.points),
-                    front.joined,
+                    front.form,
                 )
                 for front in made
             ),
@@ -438,14 +501,18 @@ def main(options: Options) -> None:
             raise UserError(f"--{name} is {getattr(options, name)}; it must be {least} or more")
     if not options.runs:
         raise UserError("no run is named; name one whose budget was a range: pareto.py RUN [RUN ...]")
+    if options.scored and options.finetune:
+        raise UserError("--scored draws dozens of plans before finetuning; leave out --finetune, or --scored")
     console = Console()
     watch, device = Watch(console), pick_device(options.device)
     ranged, fixed = open_runs(options.runs)
     home, output = ranged[0], output_folder(options, ranged[0].folder)
+    if options.scored:
+        check_one_yardstick([*ranged, *fixed])
     if options.finetune:
         check_counterparts(load_task(task_of(home.folder), device), options.split)
     with watch.stage("plans"):
-        judged, made = make_fronts(ranged, fixed, options.points, device)
+        judged, made = make_fronts(ranged, fixed, options.points, device, options.scored)
     dense = {GAP: 0.0}
     title = f"{home.options['task']}, one policy for every budget"
     note = "Gaps: Σ weight · gap / spread of the reward's terms on val, 0 = the dense pair."

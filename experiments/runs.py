@@ -29,6 +29,7 @@ import pandas as pd
 
 from gan.errors import UserError
 from gan.files import write_json, write_text
+from gan.plans import Plan
 
 if TYPE_CHECKING:
     from envs.records import Episode
@@ -605,12 +606,28 @@ def spent_evaluations(folder: RunFolder) -> int:
     Raises:
         UserError: no episode has ended yet, or a file is damaged.
     """
-    lines = _whole_lines(folder.evaluations)[1:] if folder.evaluations.is_file() else []
+    return max(len(_counted(folder)), int(read_metrics(folder)["evaluations"].max()))
+
+
+def scored_plans(folder: RunFolder) -> list[tuple[Plan, dict[str, float]]]:
+    """The plans that a search spent evaluations on, with their gaps, in the order of the evaluation log.
+
+    Raises:
+        UserError: the log is damaged.
+    """
     try:
-        scored = sum(bool(json.loads(line)["counted"]) for line in lines)
+        return [(Plan.from_dict(entry["plan"]), dict(entry["gaps"])) for entry in _counted(folder)]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder.evaluations} is damaged ({error}); make the run again") from error
-    return max(scored, int(read_metrics(folder)["evaluations"].max()))
+
+
+def _counted(folder: RunFolder) -> list[dict[str, Any]]:
+    """Entries of the evaluation log that a search paid for."""
+    lines = _whole_lines(folder.evaluations)[1:] if folder.evaluations.is_file() else []
+    try:
+        return [entry for entry in map(json.loads, lines) if entry["counted"]]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder.evaluations} is damaged ({error}); make the run again") from error
 
 
 @dataclass(frozen=True)

@@ -273,9 +273,10 @@ def test_the_label_of_intervals_is_seen_whole(panels: int) -> None:
 
 def test_fronts_have_the_dense_pair_at_the_top_right() -> None:
     lines = (
-        Frontier("uniform", (0.1, 0.4), (3.0, 2.0), joined=True),
-        Frontier("policy", (0.1, 0.4), (2.0, 1.0), joined=True),
-        Frontier("runs", (0.1, 0.4), (2.5, 1.5), joined=False),
+        Frontier("uniform", (0.1, 0.4), (3.0, 2.0), "line"),
+        Frontier("policy", (0.1, 0.4), (2.0, 1.0), "line"),
+        Frontier("runs", (0.1, 0.4), (2.5, 1.5), "points"),
+        Frontier("met", (0.1, 0.2, 0.4), (1.9, 1.5, 0.9), "steps"),
     )
     figure = fronts([FrontPanel("gap", 0.0, lines), FrontPanel("KID*", 0.5, lines)], "cost", "task")
     for axes, dense in zip(figure.axes, (0.0, 0.5), strict=True):
@@ -285,7 +286,8 @@ def test_fronts_have_the_dense_pair_at_the_top_right() -> None:
         assert drawn[2.5, 1.5].get_linestyle() == "None"
         assert (dense,) in drawn
         markers = {line.get_marker() for line in axes.lines}
-        assert len(markers) == 4
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["uniform", "policy", "runs"]
+        assert len(markers) == 5  # steps have none
+        assert drawn[1.9, 1.5, 0.9].get_drawstyle() == "steps-post"
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["uniform", "policy", "runs", "met"]
     with pytest.raises(UserError, match=r"told apart"):
         fronts([FrontPanel("gap", 0.0, lines * 3)], "cost")

@@ -16,11 +16,12 @@ from experiments import pareto, train_agents
 from experiments.credit import Searched
 from experiments.front import Place
 from experiments.pareto import Judged, Known, Options, main, open_runs, volumes
-from experiments.runs import RunFolder, create_run, describe_run, read_json
+from experiments.runs import RunFolder, create_run, describe_run, read_json, scored_plans
 from experiments.searching import find, learn, write_plans
 from experiments.trials import Settings, Trial, TrialResult
 from gan.errors import UserError
 from gan.evaluation import KID
+from gan.evaluations import EvaluationLog
 from gan.files import write_json
 
 RANGE = {"generator": Budget(0.1, 0.4)}
@@ -38,8 +39,15 @@ def make_run(root: Path, algo: str, budget: str, seed: int = 0) -> RunFolder:
     write_json(folder.elastic_reference, {"start": "elastic", "hash": "toy"})
     env, agent = toy_env(24, budgets={"generator": budget}), build_agent(algo, seed)
     env.prepare()
+    env.scorer.log = EvaluationLog(folder.evaluations, env.scorer.scorer.fingerprint)
     learn(env, agent, folder)
     write_plans(folder, find(env, agent))
+    met = scored_plans(folder)
+    folder.evaluations.unlink()  # the toy's gaps depend on the budget, those of networks do not
+    scorer = ranged_env().scorer
+    scorer.log = EvaluationLog(folder.evaluations, scorer.scorer.fingerprint)
+    for plan, _ in met:
+        scorer.score(plan)
     return folder
 
 
@@ -127,6 +135,48 @@ def test_a_front_is_asked_scored_and_drawn(runs: dict[str, RunFolder], tmp_path:
     with Image.open(output / "front.png") as image:
         assert image.width > 1000
     assert (output / "front.pdf").stat().st_size > 1000
+
+
+@pytest.mark.usefixtures("toy_scores")
+def test_what_was_scored_on_the_way_is_a_front_too(runs: dict[str, RunFolder], tmp_path: Path) -> None:
+    paths = tuple(folder.path for folder in runs.values())
+    main(Options(paths, points=3, scored=True, output=tmp_path))
+    fronts = {front["label"]: front for front in read_json(tmp_path / "front.json")["fronts"]}
+    judged = Judged(ranged_env())
+    for label, names in (("mappo, one policy", ["policy"]), ("random, a run a budget", ["low", "high"])):
+        asked, scored = fronts[label], fronts[f"{label}: all that was scored"]
+        assert scored["evaluations"] == asked["evaluations"]
+        assert scored["hypervolume"]["gap"] >= asked["hypervolume"]["gap"]
+        places = [(point["cost"], point["values"]["gap"]) for point in scored["points"]]
+        assert places == sorted(places)
+        assert [gap for _, gap in places] == sorted((gap for _, gap in places), reverse=True)
+        met = [plan for name in names for plan, _ in scored_plans(runs[name])]
+        assert len(met) == sum(Known(runs[name], {}).evaluations for name in names)
+        for plan in met:  # scored anew, and nothing is ahead of the front
+            cost, gap = judged.cost(plan), judged.gap(judged.env.scorer.score(plan, counted=False).gaps)
+            assert any(place[0] <= cost and place[1] <= gap + 1e-9 for place in places)
+    text = (tmp_path / "table.md").read_text()
+    assert "listed in front.json" in text
+    assert (
+        sum(line.startswith("| mappo, one policy: all that was scored |") for line in text.splitlines()) == 1
+    )
+
+
+def test_logs_that_do_not_compare_are_refused(runs: dict[str, RunFolder], tmp_path: Path) -> None:
+    home = Known(runs["policy"], read_json(runs["policy"].options))
+    pareto.check_one_yardstick([home, Known(runs["low"], {})])
+    other = make_run(tmp_path, "random", "0.1")
+    header, *entries = other.evaluations.read_text().splitlines(keepends=True)
+    other.evaluations.write_text(
+        json.dumps({**json.loads(header), "optimum": "another"}) + "\n" + "".join(entries)
+    )
+    with pytest.raises(UserError, match=r"scored with another optimum"):
+        pareto.check_one_yardstick([home, Known(other, {})])
+    other.evaluations.unlink()
+    with pytest.raises(UserError, match=r"needs the evaluation log"):
+        pareto.check_one_yardstick([home, Known(other, {})])
+    with pytest.raises(UserError, match=r"leave out --finetune, or --scored"):
+        main(Options((runs["policy"].path,), scored=True, finetune=True))
 
 
 def test_searches_by_another_reward_are_named(runs: dict[str, RunFolder], tmp_path: Path) -> None:
