@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from functools import partial
 from typing import Any, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
@@ -17,6 +15,7 @@ from gan.errors import UserError, unknown
 from gan.features import SMALLEST, load_differentiable_stages
 from gan.groups import CONVOLUTIONS, NORMS, ChannelGroup, norm_channels
 from gan.losses import kernel_alignment, paired_input, relative_distance, scaled_error
+from gan.taps import recorded
 
 SMALLEST_MAP = 4
 """Height in pixels of the smallest maps that are compared. Below it a batch of 16 images has fewer places
@@ -157,22 +156,6 @@ def discriminator_taps(network: nn.Module) -> tuple[str, ...]:
     """Names of the modules whose outputs are compared: every layer but the last, which makes the logits."""
     convolutions = [name for name, module in network.named_modules() if isinstance(module, CONVOLUTIONS)]
     return tuple(behind(network, name) for name in convolutions[:-1])
-
-
-@contextmanager
-def recorded(network: nn.Module, taps: Sequence[str]) -> Iterator[dict[str, Tensor]]:
-    """Within it, a forward pass leaves the outputs of the named modules in the dict."""
-    found: dict[str, Tensor] = {}
-
-    def note(name: str, _module: nn.Module, _inputs: object, output: Tensor) -> None:
-        found[name] = output
-
-    hooks = [network.get_submodule(name).register_forward_hook(partial(note, name)) for name in taps]
-    try:
-        yield found
-    finally:
-        for hook in hooks:
-            hook.remove()
 
 
 def some_places(maps: Tensor, moment: int) -> Tensor:

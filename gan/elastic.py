@@ -21,7 +21,6 @@ from gan.distillation import (
     Lesson,
     PerceptualDistance,
     generator_taps,
-    recorded,
     some_places,
 )
 from gan.errors import UserError
@@ -37,6 +36,7 @@ from gan.losses import (
 )
 from gan.runtime import bfloat16_pays
 from gan.slicing import Slicer
+from gan.taps import recorded
 
 
 @dataclass(frozen=True)

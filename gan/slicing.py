@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from gan.distillation import recorded
 from gan.groups import (
     CONVOLUTIONS,
     NORMS,
@@ -20,6 +19,7 @@ from gan.groups import (
     norm_channels,
     without_inplace,
 )
+from gan.taps import recorded
 
 Part = tuple[int, int, int | None]
 """(start, channels, index of the group that owns them or None) along one axis."""

@@ -22,7 +22,6 @@ from gan.distillation import (
     PerceptualDistance,
     Teacher,
     generator_taps,
-    recorded,
     some_places,
 )
 from gan.elastic import ElasticOptions, teaching_images
@@ -39,6 +38,7 @@ from gan.loop import (
     with_statistics,
 )
 from gan.losses import output_distillation
+from gan.taps import recorded
 
 
 class Lessons:
