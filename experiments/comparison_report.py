@@ -41,6 +41,8 @@ from gan.files import write_text
 KEYS = ["task", "cost", "budget", "cell", "label", "algo", "variant", "seed"]
 """Columns that say which run a row is of."""
 EVERYWHERE = "all cells"
+MOST_MARGINS = 4
+"""Labels whose margins one figure shows: more bands hide each other."""
 
 
 Tuned = tuple[tuple[TrialResult, ...], tuple[TrialResult, ...]]
@@ -317,15 +319,19 @@ def draw_improvements(strata: Strata, column: str, sign: float, title: str) -> F
     return improvements(labels, table[..., 0], table[..., 1:], title)
 
 
-def draw_balance(outcomes: Sequence[Outcome], most: int = 4) -> Figure | None:
-    """The discriminator's margin over finetuning, of the first labels; None without finetunings."""
+def margin_lines(outcomes: Sequence[Outcome]) -> list[Margins]:
+    """The discriminator's margin over finetuning, by label; what one looks for comes first.
+
+    That is the generator beside the whole discriminator, where that was asked for, the first label, uniform.
+    """
     margins: dict[str, list[Sequence[float]]] = {}
     for one in outcomes:
         margins.setdefault(one.run.label, []).extend(trial.margins for trial in one.tuned if trial.margins)
     lines = [Margins(label, rows) for label, rows in margins.items() if rows]
-    # the pair of interest comes first, where it was asked for
-    lines.sort(key=lambda line: "whole discriminator" not in line.label)
-    return balance(None, lines[:most]) if lines else None
+    whole = [line.label for line in lines if "whole discriminator" in line.label]
+    wanted = [*whole, *(line.label for line in lines if line.label not in whole)][: len(whole) + 1]
+    wanted.append("uniform")
+    return sorted(lines, key=lambda line: wanted.index(line.label) if line.label in wanted else len(wanted))
 
 
 def write_report(folder: Path, outcomes: Sequence[Outcome], protocol: str) -> None:
@@ -363,10 +369,15 @@ def write_report(folder: Path, outcomes: Sequence[Outcome], protocol: str) -> No
             figures["improvement_kid"] = draw_improvements(last, KID, -1.0, "finetuned KID*")
             parts += [improvement_table(last, KID, -1.0)]
             parts += ["![probability of improvement, KID](improvement_kid.png)"]
-        drawn = draw_balance(outcomes)
-        if drawn is not None:
-            figures["balance"] = drawn
+        lines = margin_lines(outcomes)
+        if lines:
+            figures["balance"] = balance(None, lines[:MOST_MARGINS])
             parts += ["![the discriminator's margin over finetuning](balance.png)"]
+        if lines[MOST_MARGINS:]:
+            others = "; ".join(line.label for line in lines[MOST_MARGINS:])
+            parts += [
+                f"Not drawn, for more bands hide each other: {others}. Their margins' spread stands above."
+            ]
     if len(runs["label"].unique()) > 1:
         parts += ["## Paired differences", paired_table(runs)]
     write_text(folder / "report.md", "\n\n".join([*parts, ""]))

@@ -197,6 +197,20 @@ def test_ablations_beside_the_full_method(work: Work, tmp_path: Path) -> None:
     ]
 
 
+def test_what_one_looks_for_is_drawn_of_many_margins(work: Work, tmp_path: Path) -> None:
+    output = tmp_path / "made"
+    variants = ("without_balance", "without_density", "full", "whole_discriminator")
+    given = ["--algos", "random", "uniform", "--evaluations", "20", "--seeds", "1"]
+    call(*given, "--variants", *variants, "--output", str(output))
+    labels = set(pd.read_csv(output / "runs.csv")["label"])
+    (line,) = (line for line in (output / "report.md").read_text().splitlines() if "Not drawn" in line)
+    left_out = set(line.partition(": ")[2].partition(". ")[0].split("; "))
+    drawn = {"random, whole discriminator", "uniform, whole discriminator", "uniform"}
+    assert left_out < labels
+    assert not left_out & drawn
+    assert len(labels - left_out) == 4
+
+
 def test_raw_weights_are_held_against_the_uniform_plan_of_all(work: Work, tmp_path: Path) -> None:
     given = ["--algos", "random", "--evaluations", "20", "--seeds", "1", "--variants", "raw_weights"]
     for more in ((), ("full",)):
