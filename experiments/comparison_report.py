@@ -41,6 +41,8 @@ from gan.files import write_text
 KEYS = ["task", "cost", "budget", "cell", "label", "algo", "variant", "seed"]
 """Columns that say which run a row is of."""
 EVERYWHERE = "all cells"
+WHOLE = "whole discriminator"
+"""In the labels of generators that were finetuned beside the whole dense discriminator."""
 MOST_MARGINS = 4
 """Labels whose margins one figure shows: more bands hide each other."""
 
@@ -328,10 +330,10 @@ def margin_lines(outcomes: Sequence[Outcome]) -> list[Margins]:
     for one in outcomes:
         margins.setdefault(one.run.label, []).extend(trial.margins for trial in one.tuned if trial.margins)
     lines = [Margins(label, rows) for label, rows in margins.items() if rows]
-    whole = [line.label for line in lines if "whole discriminator" in line.label]
-    wanted = [*whole, *(line.label for line in lines if line.label not in whole)][: len(whole) + 1]
-    wanted.append("uniform")
-    return sorted(lines, key=lambda line: wanted.index(line.label) if line.label in wanted else len(wanted))
+    first = next((line.label for line in lines if WHOLE not in line.label), None)
+    return sorted(
+        lines, key=lambda line: (WHOLE not in line.label, line.label != first, line.label != "uniform")
+    )
 
 
 def write_report(folder: Path, outcomes: Sequence[Outcome], protocol: str) -> None:

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -606,7 +606,7 @@ def spent_evaluations(folder: RunFolder) -> int:
     Raises:
         UserError: no episode has ended yet, or a file is damaged.
     """
-    return max(len(_counted(folder)), int(read_metrics(folder)["evaluations"].max()))
+    return max(len(_counted(folder, dict)), int(read_metrics(folder)["evaluations"].max()))
 
 
 def scored_plans(folder: RunFolder) -> list[tuple[Plan, dict[str, float]]]:
@@ -615,17 +615,14 @@ def scored_plans(folder: RunFolder) -> list[tuple[Plan, dict[str, float]]]:
     Raises:
         UserError: the log is damaged.
     """
-    try:
-        return [(Plan.from_dict(entry["plan"]), dict(entry["gaps"])) for entry in _counted(folder)]
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder.evaluations} is damaged ({error}); make the run again") from error
+    return _counted(folder, lambda entry: (Plan.from_dict(entry["plan"]), dict(entry["gaps"])))
 
 
-def _counted(folder: RunFolder) -> list[dict[str, Any]]:
-    """Entries of the evaluation log that a search paid for."""
+def _counted(folder: RunFolder, read: Callable[[Mapping[str, Any]], T]) -> list[T]:
+    """What ``read`` makes of the entries of the evaluation log that a search paid for."""
     lines = _whole_lines(folder.evaluations)[1:] if folder.evaluations.is_file() else []
     try:
-        return [entry for entry in map(json.loads, lines) if entry["counted"]]
+        return [read(entry) for entry in map(json.loads, lines) if entry["counted"]]
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{folder.evaluations} is damaged ({error}); make the run again") from error
 
