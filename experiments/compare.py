@@ -287,7 +287,7 @@ def work(kind: str, study: Study, jobs: Sequence[Job], workers: int, watch: Watc
     for name, cost in {(job.task, job.cost) for job in jobs}:
         study.task(name, cost)  # latency is measured here, before workers disturb each other
     with watch.stage(kind, len(jobs)) as stage:
-        countdown = Countdown(watch.console, len(jobs), kind)
+        countdown = Countdown(watch.console, len(jobs), kind, workers)
 
         def keep(done: Done) -> None:
             stage.advance(note=f"{done.name}: {done.note}")
@@ -316,7 +316,7 @@ def finetune_all(
         trials = [trial for row in wanted.values() for trial in row]
         number = missing_trials(settings, trials, path)
         with watch.stage(f"finetune {path.stem}", number) as stage:
-            countdown = Countdown(watch.console, number, "finetuning")
+            countdown = Countdown(watch.console, number, "finetuning", scale.workers)
 
             def on_done(result: TrialResult, stage: Stage = stage, countdown: Countdown = countdown) -> None:
                 stage.advance(note=f"{result.trial.label} {result.row[KID]:.3f}")

@@ -18,7 +18,7 @@ from envs.budget import project, random_proportions
 from envs.references import SPREAD_PLANS
 from experiments.build import build_budgets, finetuning_of, smallest_plan
 from experiments.comparison import Job, RunOptions, Study, WarmUp
-from experiments.runs import read_json
+from experiments.runs import counted_evaluations, read_json
 from experiments.searching import Problem
 from experiments.trials import Settings, Trial, TrialLog
 from gan.distillation import Ingredients
@@ -56,18 +56,21 @@ class Countdown:
         console: where it is printed.
         total: jobs.
         kind: what they are.
+        workers: how many of them are under way at once.
     """
 
-    def __init__(self, console: Console, total: int, kind: str) -> None:
-        self._console, self._total, self._kind = console, total, kind
-        self._started, self._done = time.perf_counter(), 0
+    def __init__(self, console: Console, total: int, kind: str, workers: int) -> None:
+        self._console, self._total, self._kind, self._workers = console, total, kind, workers
+        self._seconds: list[float] = []
 
     def tick(self, name: str, note: str, seconds: float) -> None:
         """A job is done: what it was, what came out, how long it took."""
-        self._done += 1
-        left = (time.perf_counter() - self._started) / self._done * (self._total - self._done)
+        self._seconds.append(seconds)
+        done = len(self._seconds)
+        # of each job's own time: by the clock, the first of two that run side by side would count for both
+        left = shared([statistics.fmean(self._seconds)] * (self._total - done), self._workers)
         self._console.print(
-            f"  {self._done}/{self._total} {name}: {note}, {seconds:.0f} s; about {span(left)} of "
+            f"  {done}/{self._total} {name}: {note}, {seconds:.0f} s; about {span(left)} of "
             f"{self._kind} left",
             highlight=False,
             soft_wrap=True,
@@ -87,6 +90,16 @@ def missing_jobs(study: Study, runs: Sequence[RunOptions]) -> dict[str, list[Job
         "references": [*references],
         "searches": [*searches],
     }
+
+
+def missing_evaluations(study: Study, run: RunOptions) -> int:
+    """Plans that a search without a result has still to score, at most.
+
+    What an interrupted one has paid for is in its log; one is left for judging what it found.
+    """
+    if run.algo in RULES:
+        return 1
+    return max(1, run.evaluations - counted_evaluations(study.run(run)))
 
 
 def missing_warm_ups(study: Study, runs: Sequence[RunOptions]) -> list[WarmUp]:
@@ -201,7 +214,7 @@ def forecast(
         "warm-ups": [job.steps * pace(job.task).step for job in jobs["warm-ups"] if isinstance(job, WarmUp)],
         "references": [(SPREAD_PLANS + 1) * pace(job.task).plan for job in jobs["references"]],
         "searches": [
-            (1 if run.algo in RULES else run.evaluations) * pace(run.task).plan
+            missing_evaluations(study, run) * pace(run.task).plan
             for run in jobs["searches"]
             if isinstance(run, RunOptions)
         ],

@@ -606,7 +606,16 @@ def spent_evaluations(folder: RunFolder) -> int:
     Raises:
         UserError: no episode has ended yet, or a file is damaged.
     """
-    return max(len(_counted(folder, dict)), int(read_metrics(folder)["evaluations"].max()))
+    return max(counted_evaluations(folder), int(read_metrics(folder)["evaluations"].max()))
+
+
+def counted_evaluations(folder: RunFolder) -> int:
+    """Plans of the evaluation log that a search paid for; 0 where there is no log yet.
+
+    Raises:
+        UserError: the log is damaged.
+    """
+    return len(_counted(folder, dict))
 
 
 def scored_plans(folder: RunFolder) -> list[tuple[Plan, dict[str, float]]]:

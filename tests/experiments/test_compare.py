@@ -10,11 +10,12 @@ import numpy as np
 import pandas as pd
 import pytest
 from PIL import Image
+from rich.console import Console
 
 from experiments import cli, compare, comparison, comparison_pace
 from experiments.compare import Options, product
 from experiments.comparison import Place, RunOptions, Searcher, Study
-from experiments.comparison_pace import Pace, Scale, forecast, missing_jobs, shared, span
+from experiments.comparison_pace import Countdown, Pace, Scale, forecast, missing_jobs, shared, span
 from experiments.comparison_report import Outcome, finetuned_rows
 from experiments.trials import Settings, Trial, TrialLog, TrialResult
 from gan.evaluation import COLUMNS, KID
@@ -274,8 +275,29 @@ def test_forecasts_know_what_is_done(work: Work, study: Study) -> None:
     left = forecast(study, runs, scale, pace)
     assert (left["references"], left["searches"]) == (0.0, 0.0)
     assert left["finetuning"] == 240.0  # three different plans and the uniform one
+    # an interrupted search has its evaluations; what is left is to judge what it found
+    study.result(runs[0]).unlink()
+    assert forecast(study, runs, scale, pace)["searches"] == 0.5
+    log = study.run(runs[0]).evaluations
+    lines = log.read_text().splitlines(keepends=True)
+    paid = [number for number, line in enumerate(lines) if json.loads(line).get("counted")]
+    log.write_text("".join(lines[: paid[15]]))
+    assert forecast(study, runs, scale, pace)["searches"] == 2.5
     own = Study(study.path, study.weights, warm_up=100)
     assert forecast(own, runs, scale, pace)["warm-ups"] == 40.0  # three seeds of 20 s
+
+
+def test_jobs_side_by_side_are_counted_down_by_their_own_time() -> None:
+    console = Console(record=True, width=200)
+    countdown = Countdown(console, 5, "searches", 2)
+    for seconds in (100.0, 200.0):  # 3 of 150 s are left: two rounds of two workers
+        countdown.tick("one", "done", seconds)
+    first, second = console.export_text().splitlines()
+    assert first.endswith("1/5 one: done, 100 s; about 3 min of searches left")
+    assert second.endswith("2/5 one: done, 200 s; about 5 min of searches left")
+    for _ in range(3):
+        countdown.tick("one", "done", 100.0)
+    assert "about 0 s of searches left" in console.export_text()
 
 
 def test_shares_and_spans() -> None:
