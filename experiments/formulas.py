@@ -52,7 +52,7 @@ from gan.fidelity import KernelReference, density_coverage, frechet_distance, im
 from gan.files import write_json, write_text
 from gan.losses import paired_input
 from gan.plans import Plan
-from gan.runtime import bfloat16_pays
+from gan.runtime import bfloat16_pays, quick_layout
 from gan.scoring import Scorer, run_batched
 from gan.tasks import load_task, named_elastic
 from gan.training import Lessons, PairedTrainer, TrainingOptions
@@ -858,9 +858,7 @@ class Stage:
         options = self.bench.settings.options(self.seed, self.bench.task)
         assert isinstance(options, TrainingOptions), "a study of formulas has pairs"
         for network in (generator, discriminator):
-            network.requires_grad_(True)
-            if options.amp:
-                network.to(memory_format=torch.channels_last)  # as finetune does
+            quick_layout(network.requires_grad_(True), options.amp)  # as finetune does
         torch.manual_seed(self.seed)
         spent, started = 0.0, time.process_time()
 

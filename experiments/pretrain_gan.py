@@ -40,6 +40,7 @@ from gan.fidelity import image_l1, kid
 from gan.files import write_bytes, write_json, write_text
 from gan.loop import LoopOptions, Trainer, TrainingProgress
 from gan.networks import Architecture, UnetGenerator, initialise
+from gan.runtime import quick_layout
 from gan.scoring import run_batched
 from gan.tasks import TASKS, UNPAIRED_TASKS, TaskRecipe
 from gan.training import PairedTrainer, TrainingOptions
@@ -299,10 +300,7 @@ def _fresh(architectures: list[Architecture], options: LoopOptions, device: torc
     random = torch.Generator().manual_seed(options.seed)
     torch.manual_seed(options.seed)
     networks = [initialise(architecture.build(), random).to(device) for architecture in architectures]
-    if options.amp:
-        for network in networks:
-            network.to(memory_format=torch.channels_last)  # what bfloat16 convolutions are quick in
-    return networks
+    return [quick_layout(network, options.amp) for network in networks]
 
 
 def _plain(options: Options) -> dict[str, Any]:

@@ -30,6 +30,7 @@ from gan.loop import (
 )
 from gan.losses import AdversarialKind, output_distillation, total_variation
 from gan.networks import UnetGenerator
+from gan.runtime import quick_layout
 
 Direction = Literal["A", "B"]
 DIRECTIONS: tuple[Direction, Direction] = ("A", "B")
@@ -214,7 +215,7 @@ class CycleTrainer(Trainer[UnpairedImages, tuple[Tensor, Tensor], dict[Direction
         translators: both directions, trained in place; at least one has a discriminator.
         options: see ``CycleOptions``.
         teachers: direction → dense generator for distillation; needed for every direction that learns when
-            the weight of distillation is above 0.
+            the weight of distillation is above 0; copied.
 
     Attributes:
         learners: the directions that learn.
@@ -237,7 +238,10 @@ class CycleTrainer(Trainer[UnpairedImages, tuple[Tensor, Tensor], dict[Direction
                 self.learners[direction] = _Learner(translators[direction], options, self.random)
         if not self.learners:
             raise ValueError("nothing to train: hand in the discriminator of at least one direction")
-        self.teachers = {direction: network.eval() for direction, network in (teachers or {}).items()}
+        self.teachers = {
+            direction: quick_layout(copy.deepcopy(network).eval(), options.amp)
+            for direction, network in (teachers or {}).items()
+        }
         if options.distillation > 0 and not set(self.learners) <= set(self.teachers):
             raise ValueError("distillation needs a teacher for every direction: hand in the dense generators")
 

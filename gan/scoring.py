@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from gan.gates import GatedNetwork, GatedPair
 from gan.losses import condition_of, paired_input
 from gan.norm_statistics import recompute_statistics
 from gan.plans import Plan
+from gan.runtime import quick_layout
 from gan.surrogate import Surrogate, cautious
 
 FORMULAS = "4"
@@ -52,6 +54,10 @@ class Yardstick:
         device = next(generator.parameters()).device
         self.pairs, self.extractor = pairs, extractor
         self.inputs, self.targets = (images.to(device) for images in pairs.tensors())
+        # laid out as the slices are, so that the whole pair's gaps are exactly 0
+        generator, self.discriminator = (
+            quick_layout(copy.deepcopy(one), amp=False) for one in (generator, discriminator)
+        )
         self.outputs = run_batched(generator, self.inputs)
         self.features, patches = extractor.look(self.outputs)
         self.real_features = extractor(self.targets)
@@ -61,10 +67,9 @@ class Yardstick:
         self.to_real = KernelReference(self.real_features)
         self.dense_to_real = self.to_real.mmd2(self.features)
         self.feature_spread = float((self.features - self.features.mean(0)).norm(dim=1).mean())
-        self.discriminator = discriminator
-        self._condition = condition_of(discriminator, self.inputs, self.targets.shape[1])
+        self._condition = condition_of(self.discriminator, self.inputs, self.targets.shape[1])
         self._real = paired_input(self._condition, self.targets)
-        self.real_logits = run_batched(discriminator, self._real)
+        self.real_logits = run_batched(self.discriminator, self._real)
         self.fake_logits = self.judge(self.outputs)
 
     def generator_gaps(
@@ -258,8 +263,7 @@ class Scorer:
         network = held.elastic.network(widths, shared)
         if not shared:
             return recompute_statistics(network, held.statistics_inputs)
-        if self._amp:
-            network.to(memory_format=torch.channels_last)  # what bfloat16 convolutions are quick in
+        quick_layout(network, self._amp)
         with self._precision():
             return recompute_statistics(network, held.statistics_inputs)
 

@@ -38,6 +38,7 @@ from gan.loop import (
     with_statistics,
 )
 from gan.losses import output_distillation
+from gan.runtime import quick_layout
 from gan.taps import recorded
 
 
@@ -48,15 +49,13 @@ class Lessons:
     outputs of the first one serve the others: of several finetunings only the first pays for them.
 
     Args:
-        teacher: the dense generator.
+        teacher: the dense generator; copied.
         limit: batches that are remembered, of 0.4 MB each at 16 images of 64 × 64 (float16).
-        amp: ask a copy of the teacher that runs in bfloat16.
+        amp: ask it in bfloat16.
     """
 
     def __init__(self, teacher: nn.Module, limit: int = 1000, amp: bool = False) -> None:
-        if amp:  # in the memory format that bfloat16 convolutions are quick in
-            teacher = copy.deepcopy(teacher).to(memory_format=torch.channels_last)
-        self.teacher, self.amp = teacher.eval(), amp
+        self.teacher, self.amp = quick_layout(copy.deepcopy(teacher).eval(), amp), amp
         self.limit = limit
         self._known: dict[int, tuple[Tensor, Tensor]] = {}
 

@@ -31,6 +31,7 @@ from gan.distillation import (
 from gan.errors import UserError
 from gan.features import load_differentiable_stages, load_efficientnet_lite, load_efficientnet_lite0, prepare
 from gan.groups import find_groups
+from gan.loop import trainable_copy
 from gan.networks import ResnetGenerator
 from gan.training import FINETUNING, Lessons, PairedTrainer, TrainingProgress, finetune, finetuner
 from tests.gan.conftest import Pair, _pair, pair, random, tiny_discriminator, tiny_generator, tiny_pairs
@@ -302,8 +303,7 @@ def test_the_online_teacher_learns_natively_and_teaches_what_it_makes(dense: Den
     trainer._set_training(True)
     assert trainer.online is not None
     alone = PairedTrainer(
-        copy.deepcopy(dense.generator).requires_grad_(True).train(),
-        copy.deepcopy(dense.discriminator).requires_grad_(True).train(),
+        *(trainable_copy(one, amp=False).train() for one in (dense.generator, dense.discriminator)),
         replace(OPTIONS, distillation=0.0, seed=OPTIONS.seed + 2),
     )
     for _ in range(2):
@@ -393,7 +393,7 @@ def test_unseen_images_teach_what_the_dense_generator_makes_of_them(dense: Dense
         assert all(map(torch.equal, one, other))  # the training images are those of any finetuning
     inputs = steps[0]
     assert float(trainer._follow(inputs).detach()) > 0
-    trainer.generator = copy.deepcopy(dense.generator).eval()
+    trainer.generator = trainable_copy(dense.generator, amp=False).eval()
     assert float(trainer._follow(inputs).detach()) == pytest.approx(0, abs=1e-6)
 
 

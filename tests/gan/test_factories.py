@@ -9,6 +9,7 @@ from torch import nn
 from gan.checkpoints import load_network, recipe_path, save_network, save_tensors
 from gan.errors import UserError
 from gan.factories import example_inputs, load_factory, make_network, parse_shape
+from gan.loop import trainable_copy
 from gan.networks import Architecture
 from gan.own_task import load_foreign
 from gan.slicing import Slicer
@@ -120,6 +121,36 @@ def test_weights_that_are_no_numbers_are_refused(tmp_path: Path):
     save_tensors(tmp_path / "g.safetensors", dense.state_dict())
     with pytest.raises(UserError, match=r"g\.safetensors holds values in .* that are no finite numbers"):
         load_foreign(NAME, tmp_path / "g.safetensors", "generator", 32)
+
+
+class ViewedGates(nn.Module):
+    """Gates on pixels, by a ``view`` that merges channels with rows: runs in the plain layout alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(3, 8, 3, padding=1)
+        self.second = nn.Conv2d(8, 3, 3, padding=1)
+        self.gates = nn.Parameter(torch.ones(3 * 16 * 16))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        made = self.second(self.first(x).relu())
+        return torch.tanh((made.view(len(x), -1) * self.gates).view(x.shape))
+
+
+def test_a_network_that_needs_the_plain_layout_is_scored_and_trained_in_it(tmp_path: Path):
+    name = f"{__name__}:ViewedGates"
+    network, architecture, _ = load_foreign(name, None, "generator", 16)
+    images = torch.randn(2, 3, 16, 16, generator=random())
+    cut = architecture.pruned((4,)).build()
+    path = save_network(tmp_path / "small.safetensors", cut, architecture.pruned((4,)), {})
+    read, _, _ = load_network(path)
+    sliced = Slicer(network, tried_groups(network, [images]).groups).network(network.state_dict(), (4,), True)
+    for one in (network, architecture.build(), cut, read, sliced):
+        made = trainable_copy(one, amp=False)(images)
+        torch.testing.assert_close(made, one(images))
+        made.sum().backward()
+    with pytest.raises(RuntimeError, match="view"):
+        trainable_copy(ViewedGates(), amp=False)(images)
 
 
 class ImageInADict(SeparableResnet):

@@ -1,6 +1,9 @@
+import copy
+
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional as F
 
 from gan.errors import UserError
@@ -8,7 +11,9 @@ from gan.runtime import (
     BatchRunner,
     ConvGraph,
     OnnxNetwork,
+    mark_layout,
     metadata_of,
+    quick_layout,
     require,
     session,
     with_metadata,
@@ -93,3 +98,55 @@ def test_operators_by_hand():
     )
     made = session(graph.model("x", (1, 4, 4), raised, (1, 8, 8))).run(None, {"x": x})[0]
     np.testing.assert_array_equal(made[0, 0], np.kron(x[0, 0], np.ones((2, 2))))
+
+
+class Merging(nn.Module):
+    """Merges channels with rows by ``view``, which only the plain layout allows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.head = nn.Linear(4 * 8 * 8, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(self.conv(x).view(len(x), -1))
+
+
+def laid_out(network: nn.Module) -> bool:
+    return network.get_submodule("conv").weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_a_quick_layout_leaves_the_numbers_alone():
+    images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    network = nn.Sequential()
+    network.add_module("conv", nn.Conv2d(3, 4, 3))
+    network.add_module("up", nn.ConvTranspose2d(4, 3, 3))
+    before = {name: value.clone() for name, value in network.state_dict().items()}
+    plain = network(images)
+    assert quick_layout(network, amp=False) is network
+    assert laid_out(network)
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, before[name])
+    torch.testing.assert_close(network(images), plain, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.gpu
+def test_float32_keeps_its_layout_on_the_gpu():
+    for amp in (False, True):
+        network = nn.Sequential()
+        network.add_module("conv", nn.Conv2d(3, 4, 3))
+        assert laid_out(quick_layout(network.cuda(), amp)) is amp
+
+
+def test_code_that_needs_the_plain_layout_keeps_it():
+    images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(RuntimeError, match="view"):
+        quick_layout(Merging(), amp=False)(images)
+    network = mark_layout(Merging(), [images[:1]])
+    assert not laid_out(network)
+    for amp in (False, True):
+        copied = quick_layout(copy.deepcopy(network), amp)
+        torch.testing.assert_close(copied(images), network(images))
+    other = nn.Sequential()
+    other.add_module("conv", nn.Conv2d(3, 4, 3))
+    assert laid_out(quick_layout(mark_layout(other, [images[:1]]), amp=False))

@@ -291,15 +291,15 @@ def test_lessons_are_remembered_by_step_and_images():
     told = lessons(0, first)
     torch.testing.assert_close(told, first / 3, atol=1e-3, rtol=0)  # kept as float16
     assert torch.equal(lessons(0, first), told)
-    assert teacher.asked == 1
+    assert lessons.teacher.asked == 1
     torch.testing.assert_close(lessons(0, second), second / 3, atol=1e-3, rtol=0)  # other images, new answer
-    assert teacher.asked == 2
+    assert lessons.teacher.asked == 2
     lessons(1, first)
     lessons(2, first)  # beyond the limit
     lessons(2, first)
-    assert teacher.asked == 5
+    assert lessons.teacher.asked == 5
     lessons(1, first)
-    assert teacher.asked == 5
+    assert lessons.teacher.asked == 5
 
 
 def test_lessons_in_bfloat16_are_nearly_those_in_float32():
@@ -318,7 +318,7 @@ def test_finetunings_that_share_lessons_ask_the_teacher_once():
         for _ in range(2)
     ]
     assert results[0] == results[1]
-    assert teacher.asked == 4  # two epochs of two batches, once
+    assert lessons.teacher.asked == 4  # two epochs of two batches, once
 
 
 def test_finetuning_in_bfloat16_stays_near_float32():
