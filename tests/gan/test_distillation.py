@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import copy
 import io
 from dataclasses import replace
 from typing import Any
