@@ -56,7 +56,8 @@ def quick_layout(network: Network, amp: bool) -> Network:
     """Lay a network's kernels out as its convolutions are quickest, in place; the numbers stay.
 
     ``channels_last`` is quicker wherever it runs in bfloat16, and on the CPU in float32 too: a step of
-    finetuning and a scored plan take a tenth less time with AVX2 (docs/results.md, "Speed").
+    finetuning and a scored plan take a tenth less time with AVX2. Not so with instance norms, which copy
+    every map back: the residual generator's step takes a seventh more (docs/results.md, "Speed").
 
     Args:
         network: on the device where it will run.
@@ -65,7 +66,9 @@ def quick_layout(network: Network, amp: bool) -> Network:
     if getattr(network, PLAIN_LAYOUT, False):
         return network
     device = next((parameter.device for parameter in network.parameters()), torch.device("cpu"))
-    return network.to(memory_format=torch.channels_last) if amp or device.type == "cpu" else network
+    copies = any(isinstance(module, nn.InstanceNorm2d | nn.GroupNorm) for module in network.modules())
+    pays = amp or (device.type == "cpu" and not copies)
+    return network.to(memory_format=torch.channels_last) if pays else network
 
 
 def mark_layout(network: Network, inputs: Sequence[Tensor]) -> Network:

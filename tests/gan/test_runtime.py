@@ -130,6 +130,15 @@ def test_a_quick_layout_leaves_the_numbers_alone():
     torch.testing.assert_close(network(images), plain, atol=1e-6, rtol=1e-5)
 
 
+@pytest.mark.parametrize("norm", [nn.InstanceNorm2d(4), nn.GroupNorm(1, 4), nn.BatchNorm2d(4)])
+def test_norms_of_single_images_keep_the_plain_layout_in_float32(norm):
+    for amp in (False, True):
+        network = nn.Sequential()
+        network.add_module("conv", nn.Conv2d(3, 4, 3))
+        network.add_module("norm", norm)
+        assert laid_out(quick_layout(network, amp)) is (amp or isinstance(norm, nn.BatchNorm2d))
+
+
 @pytest.mark.gpu
 def test_float32_keeps_its_layout_on_the_gpu():
     for amp in (False, True):
