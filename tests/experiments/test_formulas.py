@@ -38,6 +38,7 @@ from experiments.trials import Trial
 from gan.checkpoints import state_hash
 from gan.density import Neighbourhoods
 from gan.errors import UserError
+from gan.loop import trainable_copy
 from gan.plans import Plan
 from gan.tasks import Task
 from gan.training import FINETUNING, Lessons, finetune
@@ -189,7 +190,10 @@ def test_a_rehearsal_is_the_beginning_of_a_finetuning() -> None:
     whole, _ = finetune(*networks, lessons, pairs, options)
     seen: dict[int, Any] = {}
     torch.manual_seed(options.seed)
-    rehearsal = Rehearsal(*networks, options, lessons, pairs=pairs, marks=(2, 9), on_mark=seen.__setitem__)
+    generator, discriminator = (trainable_copy(network, amp=False) for network in networks)
+    rehearsal = Rehearsal(
+        generator, discriminator, options, lessons, pairs=pairs, marks=(2, 9), on_mark=seen.__setitem__
+    )
     rehearsal.go()
     assert list(seen) == [2, 9]
     assert state_hash(seen[9]) == state_hash(whole)
