@@ -50,9 +50,10 @@ from gan.errors import UserError
 from gan.features import load_extractor, load_stages
 from gan.fidelity import KernelReference, density_coverage, frechet_distance, image_l1, kid
 from gan.files import write_json, write_text
+from gan.loop import trainable_copy
 from gan.losses import paired_input
 from gan.plans import Plan
-from gan.runtime import bfloat16_pays, quick_layout
+from gan.runtime import bfloat16_pays
 from gan.scoring import Scorer, run_batched
 from gan.tasks import load_task, named_elastic
 from gan.training import Lessons, PairedTrainer, TrainingOptions
@@ -854,11 +855,10 @@ class Stage:
     ) -> dict[int, tuple[dict[str, float], float]]:
         """Steps → figures, and the processor seconds up to there, without the measurements before."""
         found: dict[int, tuple[dict[str, float], float]] = {}
-        generator, discriminator = self.bench.pair(Trial(plan.label, plan.plan, self.seed))
+        pair = self.bench.pair(Trial(plan.label, plan.plan, self.seed))
         options = self.bench.settings.options(self.seed, self.bench.task)
         assert isinstance(options, TrainingOptions), "a study of formulas has pairs"
-        for network in (generator, discriminator):
-            quick_layout(network.requires_grad_(True), options.amp)  # as finetune does
+        generator, discriminator = (trainable_copy(network, options.amp) for network in pair)
         torch.manual_seed(self.seed)
         spent, started = 0.0, time.process_time()
 

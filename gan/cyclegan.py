@@ -30,7 +30,7 @@ from gan.loop import (
 )
 from gan.losses import AdversarialKind, output_distillation, total_variation
 from gan.networks import UnetGenerator
-from gan.runtime import quick_layout
+from gan.runtime import frozen_copy
 
 Direction = Literal["A", "B"]
 DIRECTIONS: tuple[Direction, Direction] = ("A", "B")
@@ -239,8 +239,7 @@ class CycleTrainer(Trainer[UnpairedImages, tuple[Tensor, Tensor], dict[Direction
         if not self.learners:
             raise ValueError("nothing to train: hand in the discriminator of at least one direction")
         self.teachers = {
-            direction: quick_layout(copy.deepcopy(network).eval(), options.amp)
-            for direction, network in (teachers or {}).items()
+            direction: frozen_copy(network, options.amp) for direction, network in (teachers or {}).items()
         }
         if options.distillation > 0 and not set(self.learners) <= set(self.teachers):
             raise ValueError("distillation needs a teacher for every direction: hand in the dense generators")

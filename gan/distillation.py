@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
@@ -15,7 +14,7 @@ from gan.errors import UserError, unknown
 from gan.features import SMALLEST, load_differentiable_stages
 from gan.groups import CONVOLUTIONS, NORMS, ChannelGroup, norm_channels
 from gan.losses import kernel_alignment, paired_input, relative_distance, scaled_error
-from gan.runtime import quick_layout
+from gan.runtime import frozen_copy
 from gan.taps import recorded
 
 SMALLEST_MAP = 4
@@ -202,7 +201,7 @@ class Teacher:
     """
 
     def __init__(self, network: nn.Module, taps: Sequence[str], amp: bool) -> None:
-        self.network = quick_layout(copy.deepcopy(network).eval().requires_grad_(False), amp)
+        self.network = frozen_copy(network, amp)
         self.taps, self.amp = tuple(taps), amp
         self.device = next(network.parameters()).device
         self._known: dict[int, Lesson] = {}
@@ -308,7 +307,7 @@ class DiscriminatorMatching:
     """
 
     def __init__(self, network: nn.Module, amp: bool) -> None:
-        self.network = quick_layout(copy.deepcopy(network).eval().requires_grad_(False), amp)
+        self.network = frozen_copy(network, amp)
         self.taps, self.amp = discriminator_taps(network), amp
 
     def __call__(self, inputs: Tensor, made: Tensor, wanted: Sequence[Tensor]) -> Tensor:

@@ -71,6 +71,11 @@ def quick_layout(network: Network, amp: bool) -> Network:
     return network.to(memory_format=torch.channels_last) if pays else network
 
 
+def frozen_copy(network: Network, amp: bool) -> Network:
+    """A copy that is asked and never trained, laid out for quick convolutions; in evaluation mode."""
+    return quick_layout(copy.deepcopy(network).eval().requires_grad_(False), amp)
+
+
 def mark_layout(network: Network, inputs: Sequence[Tensor]) -> Network:
     """Keep :func:`quick_layout` from a network that does not run so, and return it.
 

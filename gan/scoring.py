@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from gan.gates import GatedNetwork, GatedPair
 from gan.losses import condition_of, paired_input
 from gan.norm_statistics import recompute_statistics
 from gan.plans import Plan
-from gan.runtime import quick_layout
+from gan.runtime import frozen_copy, quick_layout
 from gan.surrogate import Surrogate, cautious
 
 FORMULAS = "4"
@@ -55,9 +54,7 @@ class Yardstick:
         self.pairs, self.extractor = pairs, extractor
         self.inputs, self.targets = (images.to(device) for images in pairs.tensors())
         # laid out as the slices are, so that the whole pair's gaps are exactly 0
-        generator, self.discriminator = (
-            quick_layout(copy.deepcopy(one), amp=False) for one in (generator, discriminator)
-        )
+        generator, self.discriminator = (frozen_copy(one, amp=False) for one in (generator, discriminator))
         self.outputs = run_batched(generator, self.inputs)
         self.features, patches = extractor.look(self.outputs)
         self.real_features = extractor(self.targets)

@@ -38,7 +38,7 @@ from gan.loop import (
     with_statistics,
 )
 from gan.losses import output_distillation
-from gan.runtime import quick_layout
+from gan.runtime import frozen_copy
 from gan.taps import recorded
 
 
@@ -55,7 +55,7 @@ class Lessons:
     """
 
     def __init__(self, teacher: nn.Module, limit: int = 1000, amp: bool = False) -> None:
-        self.teacher, self.amp = quick_layout(copy.deepcopy(teacher).eval(), amp), amp
+        self.teacher, self.amp = frozen_copy(teacher, amp), amp
         self.limit = limit
         self._known: dict[int, tuple[Tensor, Tensor]] = {}
 
