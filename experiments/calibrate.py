@@ -57,7 +57,16 @@ from experiments.runs import (
     read_json,
     read_options,
 )
-from experiments.trials import Settings, Trial, TrialLog, TrialResult, absolute_weights, dense_row, run_trials
+from experiments.trials import (
+    Settings,
+    Trial,
+    TrialLog,
+    TrialResult,
+    absolute_weights,
+    dense_row,
+    leaving_out_diverged,
+    run_trials,
+)
 from experiments.watch import Watch
 from gan.errors import UserError
 from gan.evaluation import KID
@@ -375,7 +384,8 @@ def work(options: Options, folder: StudyFolder, watch: Watch) -> None:
                 )
 
         settings = settings_of(options, options.elastic)
-        run_trials(settings, trials, folder.finetuned, workers=options.workers, on_done=on_done)
+        with leaving_out_diverged(watch.console):
+            run_trials(settings, trials, folder.finetuned, workers=options.workers, on_done=on_done)
 
 
 def score(

@@ -151,10 +151,11 @@ def trials_of(study: Study, wanted: Wanted, seeds: Sequence[int]) -> list[Trial]
 
 
 def missing_trials(settings: Settings, trials: Sequence[Trial], log: Path) -> int:
-    """How many different trials have no result yet."""
+    """How many different trials are still to be trained."""
     keys = {trial.key for trial in trials}
     if log.exists():
-        keys -= set(TrialLog(log, settings.fingerprint(load_task(settings.task, settings.device))).results)
+        journal = TrialLog(log, settings.fingerprint(load_task(settings.task, settings.device)))
+        keys -= {*journal.results, *journal.diverged}
     return len(keys)
 
 

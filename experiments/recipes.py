@@ -33,7 +33,7 @@ from experiments.runs import (
 from experiments.trials import Settings, Split, Trial, TrialResult, dense_row, run_trials
 from experiments.watch import Watch
 from gan.distillation import Ingredients
-from gan.errors import UserError, unknown
+from gan.errors import Diverged, UserError, unknown
 from gan.evaluation import KID
 from gan.evaluations import PrunableNetwork
 from gan.files import write_json, write_text
@@ -235,15 +235,21 @@ def main(options: Options) -> None:
         settings = settings_of(Recipe(), options)
         dense = dense_row(task, settings)
         results: dict[str, list[TrialResult]] = {}
+        diverged: dict[str, str] = {}
         for name in options.names:
-            results[name] = finetune_all(name, options, folder, watch)
-            report(options, folder, tables_of(results), dense)
+            try:
+                results[name] = finetune_all(name, options, folder, watch)
+            except Diverged as error:
+                if name == options.names[0]:  # what the others are compared with
+                    raise
+                diverged[name] = str(error)
+            report(options, folder, tables_of(results), dense, diverged)
         if options.dense:
             results |= {name: train_dense_on(name, options, folder, watch) for name in OPPONENTS}
-            report(options, folder, tables_of(results), dense)
+            report(options, folder, tables_of(results), dense, diverged)
         if settings.with_test:
             shown = dense_row(task, replace(settings, split="test"))
-            report(options, folder, tables_of(results, test=True), shown, test=True)
+            report(options, folder, tables_of(results, test=True), shown, diverged, test=True)
     for name in ("table.md", "table_test.md"):
         if (folder.path / name).is_file():
             show_table(folder.path / name, console)
@@ -383,6 +389,7 @@ def report(
     folder: RunFolder,
     tables: Mapping[str, Mapping[str, NDArray[np.float64]]],
     dense: Mapping[str, float],
+    diverged: Mapping[str, str],
     test: bool = False,
 ) -> None:
     """Write ``recipes.json``, ``table.md``, ``recipes.png`` and ``.pdf``.
@@ -394,6 +401,7 @@ def report(
         folder: where they go.
         tables: plan → recipe → (seeds, ``COLUMNS``) figures.
         dense: figures of the dense pair on the same images.
+        diverged: recipe that is left out → why.
         test: these are the figures of the test images, beside those of val.
     """
     sizes, first = Sizes.of(options), options.names[0]
@@ -410,11 +418,14 @@ def report(
         for plan, table in tables.items()
     }
     write_json(
-        folder.path / f"recipes{end}.json", plain({"protocol": protocol, DENSE: dict(dense), "rows": rows})
+        folder.path / f"recipes{end}.json",
+        plain({"protocol": protocol, DENSE: dict(dense), "rows": rows, "diverged": diverged}),
     )
     parts = ["# Ways of finetuning", f"{protocol}."]
     for plan, of_plan in rows.items():
         parts += [f"## {plan}", markdown(of_plan, first, options.seeds)]
+    if diverged:
+        parts += ["## Left out", "\n".join(f"- {name}: {reason}" for name, reason in diverged.items())]
     write_text(folder.path / f"table{end}.md", "\n\n".join(parts) + "\n")
     panels = [
         estimates(plan, of_plan, rows["uniform" if plan == DENSE else plan][first].kid, first)

@@ -7,8 +7,9 @@ together.
 
 from __future__ import annotations
 
+import math
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -41,6 +42,7 @@ from experiments.watch import Watch
 from gan.cyclegan import CycleOptions
 from gan.distillation import DensePair
 from gan.elastic import ElasticNetwork
+from gan.errors import Diverged
 from gan.evaluation import Judge
 from gan.features import load_extractor
 from gan.files import file_hash, write_json
@@ -48,7 +50,7 @@ from gan.loop import TrainingProgress
 from gan.plans import Plan
 from gan.scoring import run_batched
 from gan.tasks import AGENTS, Task, load_elastic, save_elastic
-from gan.training import Lessons
+from gan.training import Lessons, TrainingOptions
 from gan.two_way import (
     AnyTask,
     TwoWayTask,
@@ -112,12 +114,12 @@ def run(options: Options, folder: RunFolder, console: Console) -> None:
     }
     finetune = Finetuning(task, options, sizes, watch)
     for name in FINETUNED:
-        stages[name] = finetune(f"finetune {name}", stages[f"{name}_raw"])
+        stages[name] = finetune(name, stages[f"{name}_raw"])
     if options.equal_time:
         seconds = watch.seconds["search"] + watch.seconds["references"] + watch.seconds["finetune pruned"]
-        stages[EQUAL_TIME] = finetune("finetune equal time", stages["uniform_raw"], seconds)
+        stages[EQUAL_TIME] = finetune(EQUAL_TIME, stages["uniform_raw"], seconds)
     with watch.stage("validate"):
-        verdicts = keep_better(task, stages, sizes.images.judged)
+        verdicts = keep_better(task, stages, sizes.images.judged, finetune.diverged)
     save_stages(folder, task, stages, uniform, best.plan)
 
     shown = ["dense", "l1_slice", "uniform_raw", "uniform", "pruned_raw", "pruned"]
@@ -278,11 +280,15 @@ class Finetuning:
         options: of the run.
         sizes: of the run.
         watch: shows a bar for each stage.
+
+    Attributes:
+        diverged: names of the stages whose finetuning did; they are what they began with.
     """
 
     def __init__(self, task: AnyTask, options: Options, sizes: Sizes, watch: Watch) -> None:
         self.task, self.sizes, self.watch = task, sizes, watch
         self.ingredients = options.ingredients
+        self.diverged: list[str] = []
         first = next(iter(task.ways.values()))  # both directions have images and losses of one kind
         self.training = finetuning_of(first, sizes.epochs, options.seed)
         # The teacher answers once for all stages.
@@ -293,10 +299,25 @@ class Finetuning:
         )
 
     def __call__(self, name: str, pairs: Pairs, seconds: float | None = None) -> Pairs:
-        """Train a stage on; for so many seconds, where they are given."""
-        task, training = self.task, replace(self.training, seconds=seconds)
+        """Train a stage on; for so many seconds, where they are given.
+
+        A training that diverges is told of and gives its start back: the search before it took the time of
+        the run, and the other stages can do without it.
+        """
+        try:
+            return self._train(name, pairs, replace(self.training, seconds=seconds))
+        except Diverged as error:
+            self.diverged.append(name)
+            self.watch.console.print(
+                f"finetuning of {name} diverged, its start is kept: {error}", highlight=False, soft_wrap=True
+            )
+            return pairs
+
+    def _train(self, name: str, pairs: Pairs, training: TrainingOptions | CycleOptions) -> Pairs:
+        task = self.task
         total = 1.0 if training.seconds else training.epochs
-        with self.watch.stage(name, total) as stage:
+        title = "finetune equal time" if name == EQUAL_TIME else f"finetune {name}"
+        with self.watch.stage(title, total) as stage:
 
             def on_epoch(progress: TrainingProgress) -> None:
                 stage.at(round(progress.share * total, 2), total)
@@ -316,13 +337,16 @@ def remembered_batches(task: Task, size: int) -> int:
     return int(4e8 / (2 * size * task.val.targets[0].numel()))
 
 
-def keep_better(task: AnyTask, stages: dict[str, Pairs], images: int | None) -> dict[str, Verdict]:
+def keep_better(
+    task: AnyTask, stages: dict[str, Pairs], images: int | None, diverged: Collection[str] = ()
+) -> dict[str, Verdict]:
     """Put the start back where finetuning made it worse on val; row → what was found for it.
 
     Args:
         task: dense networks and images.
         stages: of a run; a finetuned stage keeps its start in the directions where that is better.
         images: of val that are looked at; None = all.
+        diverged: stages whose finetuning came to nothing.
     """
     verdicts = {}
     extractor = load_extractor(device=task.device)
@@ -332,6 +356,7 @@ def keep_better(task: AnyTask, stages: dict[str, Pairs], images: int | None) -> 
         judge = Judge.build(*stages["dense"][way], one.val.take(images), extractor)
         looked_at = dict.fromkeys((*starts, *starts.values()))
         measured = {name: validate(judge, stages[name][way][0])[KID] for name in looked_at}
+        measured |= dict.fromkeys(diverged, math.nan)
         for name, start in starts.items():
             verdict = verdicts[row_name(name, way)] = Verdict(measured[start], measured[name])
             if verdict.kept == "before":

@@ -38,14 +38,17 @@ class Verdict:
     @property
     def sentence(self) -> str:
         """Both figures and what follows from them."""
+        if math.isnan(self.after):
+            return f"val KID {self.before:.3f} before, then finetuning diverged: the start is kept"
         what = "the finetuned pair is kept"
         if self.kept == "before":
             what = "finetuning made it worse, the start is kept"
         return f"val KID {self.before:.3f} before, {self.after:.3f} after: {what}"
 
     def to_dict(self) -> dict[str, Any]:
-        """For a JSON file."""
-        return {"val_kid_before": self.before, "val_kid_after": self.after, "kept": self.kept}
+        """For a JSON file; NaN is null there."""
+        before, after = (None if math.isnan(kid) else kid for kid in (self.before, self.after))
+        return {"val_kid_before": before, "val_kid_after": after, "kept": self.kept}
 
 
 def measure(judge: Judge, generator: nn.Module) -> dict[str, float]:

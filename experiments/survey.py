@@ -43,7 +43,16 @@ from experiments.runs import (
     read_options,
     resumed_options,
 )
-from experiments.trials import Settings, Trial, TrialLog, TrialResult, absolute_weights, dense_row, run_trials
+from experiments.trials import (
+    Settings,
+    Trial,
+    TrialLog,
+    TrialResult,
+    absolute_weights,
+    dense_row,
+    leaving_out_diverged,
+    run_trials,
+)
 from experiments.watch import Watch
 from gan.errors import UserError
 from gan.evaluation import KID
@@ -347,7 +356,8 @@ def work(options: Options, folder: SurveyFolder, watch: Watch) -> None:
         def on_done(result: TrialResult) -> None:
             stage.advance(note=f"{result.trial.label} {result.row[KID]:.3f}")
 
-        run_trials(settings, trials, folder.finetuned, workers=options.workers, on_done=on_done)
+        with leaving_out_diverged(watch.console):
+            run_trials(settings, trials, folder.finetuned, workers=options.workers, on_done=on_done)
 
 
 def collect(options: Options, folder: SurveyFolder) -> list[Finetuned]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from rich.console import Console
 from torch import nn
 
 from experiments.build import ImageCounts, finetuning_of, pick_device
@@ -22,7 +24,7 @@ from gan.cyclegan import CycleOptions
 from gan.data import PairedImages
 from gan.distillation import NO_INGREDIENTS, DensePair, Ingredients
 from gan.elastic import ElasticNetwork
-from gan.errors import UserError, unknown
+from gan.errors import Diverged, UserError, unknown
 from gan.evaluation import Judge
 from gan.features import load_extractor
 from gan.files import file_hash
@@ -56,6 +58,36 @@ class Trial:
         """Trials with equal keys have equal results."""
         return self.plan.key, self.seed, self.discriminator
 
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready form; :meth:`from_dict` reads it back and leaves alone what stands beside."""
+        return {
+            "label": self.label,
+            "plan": self.plan.to_dict(),
+            "seed": self.seed,
+            "discriminator": self.discriminator,
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Trial:
+        return cls(data["label"], Plan.from_dict(data["plan"]), data["seed"], data["discriminator"])
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A trial whose finetuning diverged.
+
+    Attributes:
+        trial: what was finetuned.
+        reason: a sentence.
+    """
+
+    trial: Trial
+    reason: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """A JSON-ready form."""
+        return {**self.trial.to_dict(), "diverged": self.reason}
+
 
 @dataclass(frozen=True)
 class TrialResult:
@@ -84,12 +116,8 @@ class TrialResult:
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready form; :meth:`from_dict` reads it back."""
-        trial = self.trial
         return {
-            "label": trial.label,
-            "plan": trial.plan.to_dict(),
-            "seed": trial.seed,
-            "discriminator": trial.discriminator,
+            **self.trial.to_dict(),
             "raw": dict(self.raw),
             "row": dict(self.row),
             "margin_mean": self.margin_mean,
@@ -101,12 +129,11 @@ class TrialResult:
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> TrialResult:
-        trial = Trial(data["label"], Plan.from_dict(data["plan"]), data["seed"], data["discriminator"])
         numbers = (data[name] for name in ("margin_mean", "margin_spread", "seconds"))
         margins = tuple(map(float, data.get("margins", ())))
         mean, spread, seconds = map(float, numbers)
         raw, row, test = dict(data["raw"]), dict(data["row"]), dict(data.get("test", {}))
-        return cls(trial, raw, row, mean, spread, seconds, margins, test)
+        return cls(Trial.from_dict(data), raw, row, mean, spread, seconds, margins, test)
 
 
 def absolute_weights(weights: str) -> str:
@@ -247,7 +274,11 @@ class Workbench:
         return cls(task, settings.elastic(task), settings)
 
     def __call__(self, trial: Trial) -> TrialResult:
-        """Cut a plan out, finetune it, measure it before and after."""
+        """Cut a plan out, finetune it, measure it before and after.
+
+        Raises:
+            Diverged: a loss was no longer finite.
+        """
         started = time.perf_counter()
         pair = self.pair(trial)
         place = trial.plan.key, trial.discriminator
@@ -260,12 +291,12 @@ class Workbench:
 
         settings = self.settings
         options = settings.options(trial.seed, self.task)
+        lessons = self.lessons(options)
+        trainer = self.task.finetuner(*pair, lessons, options, settings.ingredients, self.dense)
         try:
-            lessons = self.lessons(options)
-            trainer = self.task.finetuner(*pair, lessons, options, settings.ingredients, self.dense)
             tuned = trainer.pair(trainer.fit(self.train, on_epoch))
-        except UserError as error:  # it has diverged
-            raise UserError(f"{trial.label}, seed {trial.seed}: {error}") from error
+        except Diverged as error:
+            raise Diverged(f"{trial.label}, seed {trial.seed}: {error}") from error
         return TrialResult(
             trial,
             self._raw[place],
@@ -302,6 +333,7 @@ class TrialLog:
 
     Attributes:
         results: key of a trial → its result.
+        diverged: key of a trial that has none → why.
 
     Raises:
         UserError: if the file was written under other settings, or is damaged.
@@ -309,15 +341,24 @@ class TrialLog:
 
     def __init__(self, path: Path, fingerprint: Mapping[str, Any]) -> None:
         self.results: dict[tuple[str, int, str], TrialResult] = {}
+        self.diverged: dict[tuple[str, int, str], str] = {}
         self._file = AppendLog(path, fingerprint, self._read, kind="log of trials", entries="results")
 
     def _read(self, entry: Mapping[str, Any]) -> None:
-        result = TrialResult.from_dict(entry)
-        self.results[result.trial.key] = result
+        if "diverged" in entry:
+            self._take(Failure(Trial.from_dict(entry), str(entry["diverged"])))
+        else:
+            self._take(TrialResult.from_dict(entry))
 
-    def append(self, result: TrialResult) -> None:
-        self._file.append(result.to_dict())
-        self.results[result.trial.key] = result
+    def _take(self, outcome: TrialResult | Failure) -> None:
+        if isinstance(outcome, Failure):
+            self.diverged[outcome.trial.key] = outcome.reason
+        else:
+            self.results[outcome.trial.key] = outcome
+
+    def append(self, outcome: TrialResult | Failure) -> None:
+        self._file.append(outcome.to_dict())
+        self._take(outcome)
 
     def known(self, trials: Sequence[Trial]) -> list[TrialResult]:
         """Results of those trials that the log has, in their order and under their labels."""
@@ -337,21 +378,23 @@ def run_trials(
     """Finetune plans and measure them; what the log has already is not done again.
 
     Two workers of one thread each are 1.7 times as fast as one of two threads. This process alone writes
-    the log, a line per finished trial, so an interruption costs the trials under way and nothing else.
+    the log, a line per finished trial, so an interruption costs the trials under way and nothing else. A
+    trial that diverges stops none of the others, and is not trained again when the log is.
 
     Args:
         settings: what all of them share.
         trials: what to do; equal plans and seeds are done once.
         log: ``.jsonl`` file to read and to append to.
         workers: processes.
-        on_done: called after each new trial.
+        on_done: called after each new trial that has a result.
 
     Returns:
         One result per trial, in their order.
 
     Raises:
-        UserError: settings that no trial can use, a log that was written under others, a training that
-            diverges, or a worker that was killed.
+        UserError: settings that no trial can use, a log that was written under others, or a worker that
+            was killed.
+        Diverged: trainings that did, when all others are done and in the log.
         RuntimeError: a defect in a worker, with its traceback.
     """
     settings.check()
@@ -362,15 +405,31 @@ def run_trials(
     loaded.check_ingredients(settings.ingredients)
     journal = TrialLog(log, settings.fingerprint(loaded))
 
-    def keep(result: TrialResult) -> None:
-        journal.append(result)
-        if on_done is not None:
-            on_done(result)
+    def keep(outcome: TrialResult | Failure) -> None:
+        journal.append(outcome)
+        if on_done is not None and isinstance(outcome, TrialResult):
+            on_done(outcome)
 
-    missing = {trial.key: trial for trial in trials if trial.key not in journal.results}
+    ended = {*journal.results, *journal.diverged}
+    missing = {trial.key: trial for trial in trials if trial.key not in ended}
     jobs = list(missing.values())
     work_off(Factory(settings), jobs, lane=lambda trial: trial.seed, workers=workers, keep=keep)
+    reasons = {trial.key: journal.diverged[trial.key] for trial in trials if trial.key in journal.diverged}
+    if reasons:
+        raise Diverged(
+            f"{len(reasons)} of {len({trial.key for trial in trials})} finetunings diverged, the others are "
+            f"kept in {log}; the first: {next(iter(reasons.values()))}"
+        )
     return journal.known(trials)
+
+
+@contextmanager
+def leaving_out_diverged(console: Console) -> Iterator[None]:
+    """Around :func:`run_trials`, for who reads the log and can do without some trials: they are told of."""
+    try:
+        yield
+    except Diverged as error:
+        console.print(f"left out: {error}", highlight=False, soft_wrap=True)
 
 
 @dataclass(frozen=True)
@@ -379,6 +438,14 @@ class Factory:
 
     settings: Settings
 
-    def __call__(self) -> Callable[[Trial], TrialResult]:
+    def __call__(self) -> Callable[[Trial], TrialResult | Failure]:
         torch.set_num_threads(1)
-        return Workbench.build(self.settings)
+        bench = Workbench.build(self.settings)
+
+        def do(trial: Trial) -> TrialResult | Failure:
+            try:
+                return bench(trial)
+            except Diverged as error:
+                return Failure(trial, str(error))
+
+        return do

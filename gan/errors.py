@@ -10,6 +10,10 @@ class UserError(ValueError):
     """Wrong input: the message says what came, what is allowed and what to do. Exit code 2."""
 
 
+class Diverged(UserError):
+    """A training whose loss is no longer finite. It would end so again with the same options and seed."""
+
+
 def unknown(what: str, name: str, known: Iterable[str]) -> UserError:
     """The error for a name that no registry has, with the nearest known one."""
     known = sorted(known)

@@ -13,7 +13,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from gan.errors import UserError, unknown
+from gan.errors import Diverged, unknown
 from gan.losses import AdversarialKind, discriminator_loss, generator_loss, paired_input
 from gan.norm_statistics import cumulative_statistics
 from gan.runtime import quick_layout
@@ -333,7 +333,7 @@ class Trainer(ABC, Generic[Images, Batch, Result]):
                 time does not count.
 
         Raises:
-            UserError: when a loss is no longer finite.
+            Diverged: when a loss is no longer finite.
         """
         options = self.options
         per_epoch = self._steps_per_epoch(images)
@@ -356,7 +356,7 @@ class Trainer(ABC, Generic[Images, Batch, Result]):
             means = {name: float(value) / max(1, done) for name, value in sums.items()}
             bad = [name for name, value in means.items() if not math.isfinite(value)]
             if bad:
-                raise UserError(
+                raise Diverged(
                     f"the {' and '.join(bad)} loss is no longer finite after {self.steps} steps at a "
                     f"learning rate of {options.learning_rate:g}; train with a smaller one"
                 )

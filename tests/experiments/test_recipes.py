@@ -13,6 +13,7 @@ from experiments import recipes
 from experiments.recipes import BASE, DENSE, KID, OPPONENTS, RECIPES, Options, recipe_of
 from experiments.trials import Settings, Trial, TrialResult
 from gan.distillation import Ingredients
+from gan.errors import Diverged
 from gan.tasks import Task
 from gan.training import TrainingOptions
 from tests.gan.conftest import Pair, _pair, fake_extractor, pair, task
@@ -29,11 +30,15 @@ class Fake:
 
     def __init__(self) -> None:
         self.settings: list[Settings] = []
+        self.diverges = ""
+        """Name of the log whose trials do."""
 
     def __call__(
         self, settings: Settings, trials: Sequence[Trial], log: Path, *, on_done: Any, **_: Any
     ) -> list[TrialResult]:
         self.settings.append(settings)
+        if log.stem == self.diverges:
+            raise Diverged("1 of 2 finetunings diverged")
         results = []
         for trial in trials:
             kid = 2.0 + trial.seed - (0.5 if settings.weights == "dense" else 0.0)
@@ -88,6 +93,22 @@ def test_the_road_and_its_resume(fake: Fake, tmp_path: Path) -> None:
     assert "| from_dense | 2.0000 | -0.5000 (-0.5000 to -0.5000) |" in before
     recipes.main(Options(resume=output))
     assert (output / "table.md").read_text() == before
+
+
+def test_a_recipe_that_diverges_is_named_and_left_out(fake: Fake, tmp_path: Path) -> None:
+    output = tmp_path / "study"
+    fake.diverges = "from_dense"
+    recipes.main(replace(OPTIONS, recipes="native,from_dense,l1_30", output=output))
+    found = json.loads((output / "recipes.json").read_text())
+    assert list(found["rows"]["uniform"]) == ["native", "l1_30"]
+    assert found["diverged"] == {"from_dense": "1 of 2 finetunings diverged"}
+    assert "- from_dense: 1 of 2 finetunings diverged" in (output / "table.md").read_text()
+
+
+def test_nothing_is_compared_with_a_recipe_that_diverges(fake: Fake, tmp_path: Path) -> None:
+    fake.diverges = "native"
+    with pytest.raises(Diverged):
+        recipes.main(replace(OPTIONS, output=tmp_path / "study"))
 
 
 def test_val_decides_and_test_is_shown_beside_it(fake: Fake, tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -7,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from experiments import trials
-from experiments.trials import Settings, Trial, TrialLog, TrialResult, Workbench, run_trials
+from experiments.trials import Factory, Failure, Settings, Trial, TrialLog, TrialResult, Workbench, run_trials
 from gan.distillation import NO_INGREDIENTS, PERCEPTUAL, Ingredients
 from gan.elastic import ElasticNetwork
-from gan.errors import UserError
+from gan.errors import Diverged, UserError
 from gan.evaluation import COLUMNS
 from gan.plans import Plan
 from gan.tasks import Task, load_task
@@ -99,8 +101,13 @@ def test_results_are_measured_on_test_beside_val(bench: Workbench, task: Task) -
 def test_a_training_that_diverges_is_named(bench: Workbench, monkeypatch: pytest.MonkeyPatch) -> None:
     usual = trials.finetuning_of
     monkeypatch.setattr(trials, "finetuning_of", lambda *x: replace(usual(*x), learning_rate=1e30))
-    with pytest.raises(UserError, match=r"plan x, seed 3: the .* loss is no longer finite"):
+    with pytest.raises(Diverged, match=r"plan x, seed 3: the .* loss is no longer finite"):
         bench(Trial("plan x", PLAN, 3))
+    monkeypatch.setattr(Workbench, "build", lambda _: bench)
+    failure = Factory(SETTINGS)()(Trial("plan x", PLAN, 3))
+    assert isinstance(failure, Failure)
+    assert failure.trial.seed == 3
+    assert "no longer finite" in failure.reason
 
 
 def result(label: str = "a", plan: Plan = PLAN, seed: int = 0, kid: float = 1.0) -> TrialResult:
@@ -197,6 +204,40 @@ def test_only_new_trials_are_done(
     assert found[0].row == found[2].row == told[0].row
     with pytest.raises(UserError, match="another finetuning"):
         run_trials(replace(SETTINGS, epochs=3), wanted, log)
+
+
+def test_a_trial_that_diverges_stops_no_other_and_is_not_repeated(
+    bench: Workbench, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, task: Task
+) -> None:
+    asked: list[str] = []
+
+    def work_off(make: object, jobs: list[Trial], keep: Callable[[Any], None], **_: object) -> None:
+        asked.extend(job.label for job in jobs)
+        for job in jobs:
+            keep(
+                Failure(job, f"{job.label} burst")
+                if job.label.startswith("bad")
+                else result(job.label, job.plan)
+            )
+
+    monkeypatch.setattr(trials, "work_off", work_off)
+    monkeypatch.setattr(trials, "load_task", lambda *_: task)
+    bad, good = Trial("bad", PLAN, 0), Trial("good", OTHER, 0)
+    log, told = tmp_path / "x.jsonl", []
+    sentence = r"1 of 2 finetunings diverged, the others are kept in .*x\.jsonl; the first: bad burst"
+    for _ in range(2):
+        with pytest.raises(Diverged, match=sentence):
+            run_trials(SETTINGS, [bad, good, bad], log, on_done=told.append)
+    assert asked == ["bad", "good"]
+    assert [one.trial.label for one in told] == ["good"]
+    assert [one.trial.label for one in run_trials(SETTINGS, [good], log)] == ["good"]
+    journal = TrialLog(log, SETTINGS.fingerprint(task))
+    assert journal.diverged == {bad.key: "bad burst"}
+    assert journal.known([bad, good]) == told
+    said = Console(file=io.StringIO(), width=200)
+    with trials.leaving_out_diverged(said):
+        run_trials(SETTINGS, [bad], log)
+    assert "left out: 1 of 1 finetunings diverged" in said.file.getvalue()  # type: ignore[attr-defined]
 
 
 @pytest.mark.slow
