@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import statistics
@@ -68,6 +67,7 @@ from experiments.trials import (
     run_trials,
 )
 from experiments.watch import Watch
+from gan.append_log import read_header
 from gan.errors import UserError
 from gan.evaluation import KID
 from gan.evaluations import CountedScorer, EvaluationLog, PrunableNetwork, Scores
@@ -433,21 +433,16 @@ class LoggedScorer:
 
 
 def log_header(path: Path) -> dict[str, Any]:
-    """What the entries of a log depend on.
+    """What the entries of a log of this study depend on.
 
     Raises:
-        UserError: no log, or none yet.
+        Missing: none yet.
+        UserError: no log.
     """
-    if not path.is_file():
-        raise Missing(f"{path} does not exist yet; go on with --resume {path.parent}")
-    try:
-        with path.open() as file:
-            header = json.loads(file.readline())
-        if not isinstance(header, dict):
-            raise ValueError(f"it holds a {type(header).__name__}")
-    except ValueError as error:
-        raise UserError(f"{path} is no log: its first line is no header ({error})") from error
-    return {key: value for key, value in header.items() if key != "format"}
+    header = read_header(path)
+    if not header:
+        raise Missing(f"{path} holds nothing yet; go on with --resume {path.parent}")
+    return header
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,6 @@ from experiments.front import Place, halvings, hypervolume, undominated
 from experiments.report import markdown_table
 from experiments.runs import (
     RunFolder,
-    log_header,
     open_run,
     plain,
     read_json,
@@ -34,6 +33,7 @@ from experiments.runs import (
 )
 from experiments.trials import Settings, Split, Trial, TrialResult, dense_row, run_trials
 from experiments.watch import Watch
+from gan.append_log import read_header
 from gan.cost import DEFAULT_COST
 from gan.errors import UserError
 from gan.evaluation import KID
@@ -108,7 +108,7 @@ class Known:
     @property
     def reward(self) -> tuple[Weights, str]:
         """What its search was led by: the weights, and which predicted recovery stood behind them."""
-        surrogate = log_header(self.folder.evaluations).get("surrogate", "none")
+        surrogate = read_header(self.folder.evaluations).get("surrogate", "none")
         return Weights(**self.options.get("weights", {})), str(surrogate)
 
 
@@ -260,9 +260,9 @@ def check_one_yardstick(runs: Sequence[Known]) -> None:
     Raises:
         UserError: a search without an evaluation log, or scored otherwise than the first one.
     """
-    home = log_header(runs[0].folder.evaluations)
+    home = read_header(runs[0].folder.evaluations)
     for run in runs:
-        header = log_header(run.folder.evaluations)
+        header = read_header(run.folder.evaluations)
         if not header:
             raise UserError(f"--scored needs the evaluation log of {run.folder.path}; leave out one of both")
         for name in home:

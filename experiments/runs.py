@@ -584,19 +584,6 @@ def read_metrics(folder: RunFolder) -> pd.DataFrame:
     return frame
 
 
-def log_header(path: Path) -> dict[str, Any]:
-    """What the scores of an evaluation log depend on; nothing where there is no log yet.
-
-    Raises:
-        UserError: it is none of ours.
-    """
-    lines = _whole_lines(path)[:1] if path.is_file() else []
-    try:
-        return {} if not lines else dict(json.loads(lines[0]))
-    except (ValueError, TypeError) as error:
-        raise UserError(f"{path} is damaged ({error}); make the run again") from error
-
-
 def spent_evaluations(folder: RunFolder) -> int:
     """Evaluations that a search spent: also those of an episode that it did not finish.
 

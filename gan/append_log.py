@@ -14,6 +14,25 @@ class LogMismatch(UserError):
     """The log was written with other weights, images or formulas."""
 
 
+def read_header(path: Path) -> dict[str, Any]:
+    """What the entries of a log depend on; nothing where there is no log yet.
+
+    Raises:
+        LogMismatch: the file is no log.
+    """
+    raw = path.read_bytes() if path.is_file() else b""
+    line, end, _ = raw.partition(b"\n")
+    if not end and (not line or line.startswith(b"{")):  # its writer died while it wrote the header
+        return {}
+    try:
+        header = json.loads(line)
+    except ValueError:
+        header = None
+    if not isinstance(header, dict):
+        raise LogMismatch(f"{path} is no log: its first line is no header; use another path")
+    return {key: value for key, value in header.items() if key != "format"}
+
+
 class AppendLog:
     """An append-only ``.jsonl`` file that survives the death of its writer.
 
