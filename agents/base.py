@@ -29,6 +29,8 @@ Options = TypeVar("Options")
 class Agent(Protocol):
     """A learner (or a heuristic) that searches an environment for the best plan.
 
+    The registry builds it with ``(seed, tensorboard=folder or None, **options)``.
+
     Attributes:
         name: its name in the registry.
     """

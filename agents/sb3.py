@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 import json
 import math
@@ -46,6 +45,7 @@ from envs.joint_env import JointPruningEnv, Vector
 from envs.pruning_env import PruningEnv
 from gan.checkpoints import load_tensors, save_tensors
 from gan.errors import UserError, unknown
+from gan.factories import import_here
 from gan.plans import Plan
 
 ALGORITHMS: dict[str, str] = {
@@ -315,19 +315,16 @@ class Stage(JointPruningEnv):
 
 
 def find_algorithm(path: str) -> type[BaseAlgorithm]:
-    """The class at an import path.
+    """The class at an import path; its module may lie in the working folder.
 
     Raises:
         UserError: if the module or the class is missing, or it is no SB3 algorithm.
     """
     module_name, _, name = path.rpartition(".")
-    try:
-        module = importlib.import_module(module_name)
-    except (ImportError, TypeError, ValueError) as error:
-        raise UserError(
-            f"the algorithm {path!r} cannot be imported ({error}); give the path of a class, such as "
-            "stable_baselines3.PPO, or install its package"
-        ) from error
+    advice = "give the path of a class, such as stable_baselines3.PPO, or install its package"
+    if not all(part.isidentifier() for part in module_name.split(".")):
+        raise UserError(f"the algorithm {path!r} cannot be imported; {advice}")
+    module = import_here(module_name, f"the algorithm {path!r}", advice)
     found = getattr(module, name, None)
     if isinstance(found, type) and issubclass(found, BaseAlgorithm):
         return found

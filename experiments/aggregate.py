@@ -27,6 +27,27 @@ CHUNK = 4_000_000
 """Numbers that are resampled at once: 32 MB."""
 
 
+SMOOTH = 1 / 25
+"""Window of the moving average of a finetuning's margins, as a share of its steps."""
+
+
+def swing(margins: Sequence[float]) -> float:
+    """How far a discriminator's margin strays over a finetuning: deviation of its moving average.
+
+    The margin of one batch of 16 images is mostly noise (deviation 1.6, where its moving average strays by
+    0.4 to 1), so that the deviation of single steps says little of how steady a training is.
+
+    Args:
+        margins: (steps,) of every training step; none give NaN.
+    """
+    values = np.asarray(margins, dtype=np.float64)
+    if not len(values):
+        return math.nan
+    window = max(1, round(len(values) * SMOOTH))
+    sums = np.concatenate([[0.0], np.cumsum(values)])
+    return float(np.std((sums[window:] - sums[:-window]) / window))
+
+
 class Curve(NamedTuple):
     """A statistic along an axis.
 

@@ -264,13 +264,16 @@ def protocol(options: Options) -> str:
         "far is told by the search's own reward, so that the curve of another reward or of raw weights may "
         "fall.",
         "Intervals: 95 %, stratified bootstrap over the runs of each cell (Agarwal et al. 2021); IQM: the "
-        "mean of the middle half of the runs.",
+        "mean of the middle half of the runs (of all, where they are fewer than four). Share of a network: "
+        "its part in the gain over uniform, its Shapley value, of a game of two players.",
     ]
     if options.finetuning_seeds:
         parts.append(
             f"Every best plan is finetuned for {options.epochs} epochs with {options.finetuning_seeds} "
             "seed(s); KID* (EfficientNet-Lite0 at 112 px) of the test images and their mirror images "
-            "against the real targets; nothing was chosen on them."
+            "against the real targets; nothing was chosen on them. Margin swing: how far the discriminator's "
+            "mean logit on real images minus that on made ones strays over the finetuning, as the standard "
+            "deviation of its moving average over a 25th of the steps; smaller is steadier."
         )
     if options.finetuning_seeds and not options.warm_up:
         parts.append(

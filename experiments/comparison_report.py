@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from experiments.aggregate import (
 from experiments.agreement import NOTHING, Interval, paired_difference
 from experiments.comparison import RunOptions
 from experiments.figures import (
+    MOST_SERIES,
     Estimates,
     Figure,
     Line,
@@ -43,6 +44,8 @@ KEYS = ["task", "cost", "budget", "cell", "label", "algo", "variant", "seed"]
 EVERYWHERE = "all cells"
 WHOLE = "whole discriminator"
 """In the labels of generators that were finetuned beside the whole dense discriminator."""
+MOST_CURVES = 2 * MOST_SERIES
+"""Labels that one figure of curves shows apart."""
 MOST_MARGINS = 4
 """Labels whose margins one figure shows: more bands hide each other."""
 
@@ -97,6 +100,7 @@ def run_rows(outcomes: Sequence[Outcome]) -> pd.DataFrame:
             row |= {name: mean([each.row[name] for each in one.tuned]) for name in COLUMNS}
             row["margin_mean"] = mean([each.margin_mean for each in one.tuned])
             row["margin_spread"] = mean([each.margin_spread for each in one.tuned])
+            row["margin_swing"] = mean([each.margin_swing for each in one.tuned])
             row["finetuning_seconds"] = mean([each.seconds for each in one.tuned])
             base = mean([each.row[KID] for each in one.uniform])
             row["kid_uniform"], row["kid_change"] = base, row[KID] / base - 1
@@ -140,6 +144,7 @@ def trial_row(result: TrialResult) -> dict[str, Any]:
         **result.row,
         "margin_mean": result.margin_mean,
         "margin_spread": result.margin_spread,
+        "margin_swing": result.margin_swing,
         "finetuning_seconds": result.seconds,
     }
 
@@ -209,7 +214,7 @@ def standings(strata: Strata) -> str:
     shares = [column for column in strata.runs if column.endswith(".share")]
     heads += [f"share of the {column.removesuffix('.share')}" for column in shares]
     if tuned:
-        heads += ["KID* ↓ finetuned", "Δ to uniform, %", "better than uniform, KID*", "margin spread"]
+        heads += ["KID* ↓ finetuned", "Δ to uniform, %", "better than uniform, KID*", "margin swing"]
     lines = [heads]
     for label in strata.labels:
         line = [
@@ -228,7 +233,7 @@ def standings(strata: Strata) -> str:
                 with_interval(iqm_interval(kid), "{:.4f}") if whole and len(kid) == 1 else "",
                 with_interval(iqm_interval([100 * part for part in change]), "{:+.1f}") if whole else "",
                 with_interval(strata.better_than_uniform(label, KID, -1.0, "kid_uniform"), "{:.2f}"),
-                f"{mean(np.concatenate(strata.of(label, 'margin_spread')).tolist()):.3f}" if whole else "",
+                f"{mean(np.concatenate(strata.of(label, 'margin_swing')).tolist()):.3f}" if whole else "",
             ]
         lines.append(line)
     return markdown_table(lines)
@@ -253,7 +258,7 @@ def paired_table(runs: pd.DataFrame) -> str:
     Where labels are variants of one learner, this is what each of them changes.
     """
     first = str(runs["label"].iloc[0])
-    columns = [("score", "score"), (KID, "KID* ↓"), ("margin_spread", "margin spread"), ("l1", "L1 ↓")]
+    columns = [("score", "score"), (KID, "KID* ↓"), ("margin_swing", "margin swing"), ("l1", "L1 ↓")]
     columns = [(name, head) for name, head in columns if name in runs]
     keys = ["cell", "seed"]
     base = runs[runs["label"] == first].set_index(keys)
@@ -277,8 +282,22 @@ def short(title: str) -> str:
     return title.replace(", ", "\n", 1)
 
 
-def draw_scores(outcomes: Sequence[Outcome], strata: Sequence[tuple[str, Strata]]) -> Figure:
-    """Best score against evaluations, a panel for each cell and one for all."""
+def undrawn(labels: Sequence[str], runs: pd.DataFrame) -> list[str]:
+    """Labels that one figure of curves has no room for: those of the lowest scores."""
+    means = runs.groupby("label")["score"].mean()
+    return sorted(labels, key=lambda label: -float(means[label]))[MOST_CURVES:]
+
+
+def draw_scores(
+    outcomes: Sequence[Outcome], strata: Sequence[tuple[str, Strata]], without: Collection[str] = ()
+) -> Figure:
+    """Best score against evaluations, a panel for each cell and one for all.
+
+    Args:
+        outcomes: the runs.
+        strata: title and runs of each panel.
+        without: labels to leave out.
+    """
     last = min(one.run.evaluations for one in outcomes)
     curves: dict[tuple[str, str], list[NDArray[np.float64]]] = {}
     for one in outcomes:
@@ -286,7 +305,7 @@ def draw_scores(outcomes: Sequence[Outcome], strata: Sequence[tuple[str, Strata]
     panels = []
     for title, part in strata:
         lines = []
-        for label in part.labels:
+        for label in (one for one in part.labels if one not in without):
             estimate = iqm_curve([np.array(curves[label, cell]) for cell in part.cells])
             lines.append(Line(label, np.arange(1.0, last + 1), *estimate))
         panels.append(LinePanel(short(title), tuple(lines)))
@@ -353,8 +372,11 @@ def write_report(folder: Path, outcomes: Sequence[Outcome], protocol: str) -> No
     whole = Strata(runs, cells)
     if len(cells) > 1 and whole.labels:
         strata.append((EVERYWHERE, whole))
-    figures = {"scores": draw_scores(outcomes, strata)}
+    without = undrawn(list(runs["label"].unique()), runs)
+    figures = {"scores": draw_scores(outcomes, strata, without)}
     parts = ["# Comparison", protocol, "![best score against evaluations](scores.png)"]
+    if without:
+        parts += [f"Not drawn, for more curves cannot be told apart: {'; '.join(without)}."]
     for title, part in reversed(strata):
         parts += [f"## {title}", standings(part)]
     last = strata[-1][1]
@@ -378,7 +400,7 @@ def write_report(folder: Path, outcomes: Sequence[Outcome], protocol: str) -> No
         if lines[MOST_MARGINS:]:
             others = "; ".join(line.label for line in lines[MOST_MARGINS:])
             parts += [
-                f"Not drawn, for more bands hide each other: {others}. Their margins' spread stands above."
+                f"Not drawn, for more bands hide each other: {others}. Their margins' swing stands above."
             ]
     if len(runs["label"].unique()) > 1:
         parts += ["## Paired differences", paired_table(runs)]

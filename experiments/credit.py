@@ -237,11 +237,12 @@ def compare_discriminators(
 
 
 def summary(results: Mapping[str, Sequence[TrialResult]]) -> dict[str, dict[str, float]]:
-    """Pair → means over its finetunings: the margin, its spread over the steps, balance gap, KID."""
+    """Pair → means over its finetunings: the margin, its spread and swing, balance gap, KID."""
     return {
         label: {
             "margin": statistics.fmean(one.margin_mean for one in rows),
             "margin_spread": statistics.fmean(one.margin_spread for one in rows),
+            "margin_swing": statistics.fmean(one.margin_swing for one in rows),
             "balance_gap_before": statistics.fmean(one.raw["balance_gap"] for one in rows),
             "balance_gap_after": statistics.fmean(one.row["balance_gap"] for one in rows),
             KID: statistics.fmean(one.row[KID] for one in rows),

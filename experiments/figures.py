@@ -26,6 +26,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
+from experiments.aggregate import SMOOTH, swing
 from gan.errors import UserError
 from gan.files import write_bytes
 
@@ -238,7 +239,8 @@ def curves(series: Sequence[Series], window: int = 200, title: str = "") -> Figu
             Line2D([], [], color=COLOURS[i], marker=MARKERS[i], label=f"{one.label} ({_runs(one)})")
             for i, one in enumerate(series)
         ]
-        figure.legend(handles=handles, loc="outside lower left", ncols=4)
+        longest = max(len(str(handle.get_label())) for handle in handles)
+        figure.legend(handles=handles, loc="outside lower left", ncols=max(1, min(4, 150 // (longest + 8))))
     return figure
 
 
@@ -875,10 +877,6 @@ class Margins:
     margins: Sequence[Sequence[float]]
 
 
-SMOOTH = 1 / 25
-"""Window of the margins' moving average, as a share of the finetuning."""
-
-
 def balance(search: GapHistory | None, finetunings: Sequence[Margins] = (), title: str = "") -> Figure:
     """How evenly matched the pair is: the balance gap over the search, the margin over finetuning.
 
@@ -929,7 +927,7 @@ def _margin_panel(axes: Axes, finetunings: Sequence[Margins]) -> None:
         smooth = np.stack([moving_average(steps, row, window) for row in rows])
         looks = {**_looks(place), "linestyle": ("-", "--", ":", "-.")[place % 4]}
         every = max(1, length // 6)
-        label = f"{one.label} (spread {rows.std(axis=1).mean():.2f})"
+        label = f"{one.label} (swing {np.mean([swing(row) for row in rows]):.2f})"
         axes.plot(
             steps, smooth.mean(0), label=label, markevery=(every // 2 + place * every // 8, every), **looks
         )
@@ -985,6 +983,16 @@ SHARES = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0)
 """Ticks of an axis of costs."""
 
 
+def check_drawable(number: int) -> None:
+    """Refuse more fronts than one figure can show.
+
+    Raises:
+        UserError: more than ``MOST_SERIES``.
+    """
+    if number > MOST_SERIES:
+        raise UserError(f"{number} fronts cannot be told apart in one figure; draw at most {MOST_SERIES}")
+
+
 def fronts(panels: Sequence[FrontPanel], label: str, title: str = "") -> Figure:
     """Cost against quality, better upwards, the dense pair at the top right.
 
@@ -996,9 +1004,7 @@ def fronts(panels: Sequence[FrontPanel], label: str, title: str = "") -> Figure:
     Raises:
         UserError: too many frontiers.
     """
-    number = len(panels[0].frontiers)
-    if number > MOST_SERIES:
-        raise UserError(f"{number} fronts cannot be told apart in one figure; draw at most {MOST_SERIES}")
+    check_drawable(len(panels[0].frontiers))
     with mpl.rc_context(STYLE):
         figure = Figure(figsize=(max(6.4, 4.6 * len(panels)), 4.6), layout="constrained")
         FigureCanvasAgg(figure)

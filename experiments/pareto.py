@@ -19,7 +19,7 @@ from envs.rewards import Weights, term_rewards
 from experiments import cli
 from experiments.build import build_budgets, build_learner, check_counterparts, pick_device
 from experiments.credit import Searched, reopen, settings_of
-from experiments.figures import FrontForm, Frontier, FrontPanel, fronts, publish
+from experiments.figures import FrontForm, Frontier, FrontPanel, check_drawable, fronts, publish
 from experiments.front import Place, halvings, hypervolume, undominated
 from experiments.report import markdown_table
 from experiments.runs import (
@@ -513,6 +513,7 @@ def main(options: Options) -> None:
         check_counterparts(load_task(task_of(home.folder), device), options.split)
     with watch.stage("plans"):
         judged, made = make_fronts(ranged, fixed, options.points, device, options.scored)
+    check_drawable(len(made))  # before anything is finetuned for a figure that cannot be drawn
     dense = {GAP: 0.0}
     title = f"{home.options['task']}, one policy for every budget"
     note = "Gaps: Σ weight · gap / spread of the reward's terms on val, 0 = the dense pair."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ DESCRIPTION = """Reward (total and by term) and sparsity of both networks over t
 
 Runs that differ only in their seed become one line, their mean, inside the range that they span.
 Folders of finetune.py are drawn by KID and L1 on the val images, with the dense pair as a line."""
-APART = ("seed", "output", "resume")
+APART = ("seed", "output", "resume", "reference")
 """Options in which two runs of one series may differ."""
 
 
@@ -51,6 +52,11 @@ def flatten(options: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
     return flat
 
 
+def beginning(path: str) -> str:
+    """What a policy began with: a run's name, without the seed, for runs of several seeds are one kind."""
+    return "scratch" if path == "null" else re.sub(r"-s\d+$", "", Path(path).name)
+
+
 def group(runs: Sequence[Run]) -> tuple[str, list[Series]]:
     """Sort runs into series.
 
@@ -62,6 +68,8 @@ def group(runs: Sequence[Run]) -> tuple[str, list[Series]]:
     flat: dict[str, dict[str, str]] = {}
     for run in runs:
         options = {name: value for name, value in flatten(run.options).items() if name not in APART}
+        if "from_" in options:
+            options["from"] = beginning(options.pop("from_"))
         key = json.dumps(options, sort_keys=True)
         kinds.setdefault(key, []).append(run)
         flat[key] = options

@@ -31,7 +31,7 @@ from experiments.build import (
     with_latency,
 )
 from experiments.credit import describe_credit, share_credit, write_credit
-from experiments.figures import NetworkWidths, Series, curves, samples, save_figure, save_image, widths
+from experiments.figures import NetworkWidths, Series, curves, publish, samples, save_image, widths
 from experiments.report import evaluation_table, latency_errors, print_latency
 from experiments.runs import RunFolder, read_json, read_metrics, task_of
 from experiments.searching import Problem, find, learn, write_plans
@@ -417,10 +417,10 @@ def draw(
         label = f"{options.algo}, seed {options.seed}"
         window = max(10, sizes.evaluations // 10)
         series = [Series(label, (read_metrics(folder),))]
-        save_figure(curves(series, window, title=task.name), folder.curves)
+        publish(curves(series, window, title=task.name), folder.curves)
     groups = by_agent({way: one.groups for way, one in task.ways.items()})
     networks = [NetworkWidths.of(agent, row, uniform[agent], best[agent]) for agent, row in groups.items()]
-    save_figure(widths(networks, title=f"{task.name}: channels kept"), folder.widths)
+    publish(widths(networks, title=f"{task.name}: channels kept"), folder.widths)
     columns: dict[str, Tensor] = {}
     for way, one in task.ways.items():
         shown = one.test.take(sizes.images.judged).take(8)

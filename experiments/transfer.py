@@ -14,6 +14,7 @@ from envs.records import Evaluation
 from experiments.build import build_budgets, fixed_shares
 from experiments.runs import (
     RunFolder,
+    check_no_study,
     flag,
     open_run,
     plain,
@@ -60,7 +61,12 @@ def find_policy(path: Path, algo: str) -> Path:
             f"--from gives the search a policy to begin with, which {algo} has none of that fits other "
             f"networks; use --algo {' or '.join(TRANSFERABLE)}"
         )
-    policy = path if (path / DESCRIPTION).is_file() else open_run(path).policy
+    if (path / DESCRIPTION).is_file():
+        policy = path
+    else:
+        run = open_run(path)
+        check_no_study(run)
+        policy = run.policy
     if not (policy / DESCRIPTION).is_file():
         raise UserError(f"--from {path} holds no policy: its search has not ended yet; finish that run first")
     found = read_json(policy / DESCRIPTION)

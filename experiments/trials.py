@@ -16,6 +16,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from experiments.aggregate import swing
 from experiments.build import ImageCounts, finetuning_of, pick_device
 from experiments.workers import work_off
 from gan.append_log import AppendLog
@@ -113,6 +114,11 @@ class TrialResult:
     seconds: float
     margins: tuple[float, ...] = ()
     test: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def margin_swing(self) -> float:
+        """How far the margin strays but for the noise of single batches; NaN without ``margins``."""
+        return swing(self.margins)
 
     def to_dict(self) -> dict[str, Any]:
         """A JSON-ready form; :meth:`from_dict` reads it back."""

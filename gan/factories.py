@@ -9,6 +9,7 @@ import typing
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -27,6 +28,30 @@ def is_factory(name: str) -> bool:
     return ":" in name
 
 
+def import_here(
+    module: str, what: str, otherwise: str = "start from its folder, or put it on PYTHONPATH"
+) -> ModuleType:
+    """A module by its name, which may also lie in the working folder.
+
+    Args:
+        module: its name, with dots.
+        what: what it is called in the sentence.
+        otherwise: what to do where there is none.
+
+    Raises:
+        UserError: there is none, or it does not run.
+    """
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.append(here)
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(f"{what} cannot be imported ({error}); {otherwise}") from error
+    except Exception as error:  # the code is anybody's
+        raise UserError(f"{what} does not run ({_said(error)}); put it right") from error
+
+
 def load_factory(name: str) -> Callable[[], nn.Module]:
     """What ``module:factory`` names: a class of networks, or a function that says ``-> nn.Module``.
 
@@ -39,18 +64,7 @@ def load_factory(name: str) -> Callable[[], nn.Module]:
     module_name, _, attribute = name.partition(":")
     if not all(part.isidentifier() for part in (*module_name.split("."), *attribute.split("."))):
         raise UserError(f"{name!r} names no factory; write module:factory, such as my_nets:make_generator")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.append(here)
-    try:
-        found: Any = importlib.import_module(module_name)
-    except ImportError as error:
-        raise UserError(
-            f"the module of {name!r} cannot be imported ({error}); start from its folder, or put "
-            "it on PYTHONPATH"
-        ) from error
-    except Exception as error:  # the code is anybody's
-        raise UserError(f"the module of {name!r} does not run ({_said(error)}); put it right") from error
+    found: Any = import_here(module_name, f"the module of {name!r}")
     for part in attribute.split("."):
         if not hasattr(found, part):
             raise UserError(f"{module_name} has no {attribute!r}; name a function or class that it has")

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import json
+import textwrap
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -126,3 +128,25 @@ def test_damaged_or_foreign_folders_are_refused(name: str, recorded: Recorded, t
     path.write_text(json.dumps(whole)[:10])
     with pytest.raises(UserError, match="damaged"):
         agent.load(tmp_path)
+
+
+def test_the_example_of_contributing_is_an_agent(
+    recorded: Recorded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (Path(__file__).parents[2] / "CONTRIBUTING.md").read_text()
+    code = textwrap.dedent(text.split("   ```python\n")[1].split("   ```")[0])
+    names: dict[str, Any] = {"__name__": "hill"}
+    exec(compile(code, "hill.py", "exec"), names)
+    monkeypatch.setitem(AGENTS, "hill", names["HillClimb"])
+    env, _ = recorded(24)
+    agent = build_agent("hill", seed=3, tensorboard=None)
+    agent.learn(env)
+    assert env.scorer.exhausted
+    assert env.best is not None
+    assert env.best.potential > 0
+    agent.save(tmp_path)
+    again = build_agent("hill", seed=9)
+    again.load(tmp_path)
+    assert again.propose(env) == agent.propose(env) == env.best.plan
+    with pytest.raises(UserError, match="has no options"):
+        build_agent("hill", sigma=1)

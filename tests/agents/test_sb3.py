@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 import random
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,7 @@ def test_tensorboard_has_every_episode_once_and_nothing_is_printed(
         ("json.JSONDecoder", "is no algorithm"),
         ("stable_baselines3.HerReplayBuffer", "is no algorithm"),
         (".PPO", "cannot be imported"),
+        ("stable_baselines3..PPO", "cannot be imported"),
     ],
 )
 def test_what_cannot_steer_is_refused(path: str, sentence: str) -> None:
@@ -238,3 +240,16 @@ def test_controllers_beat_random_search_at_equal_evaluations(name: str) -> None:
     """Best of 300 plans under the default reward: two seeds beat random by half the way up."""
     random_ = np.mean(best_scores("random", 2, "final"))
     assert min(best_scores(name, 2, "final")) > random_ + 0.5 * (toy_optimum(toy_env()).potential - random_)
+
+
+def test_a_class_of_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.path", list(sys.path))
+    monkeypatch.setattr("sys.dont_write_bytecode", True)
+    (tmp_path / "own_algorithm.py").write_text("from stable_baselines3 import PPO\nclass Mine(PPO): pass\n")
+    (tmp_path / "own_defect.py").write_text("1 / 0\n")
+    assert build_agent("own_algorithm.Mine").name == "own_algorithm.Mine"
+    with pytest.raises(
+        UserError, match=r"own_defect\.X' does not run \(ZeroDivisionError: .*own_defect\.py, line 1"
+    ):
+        build_agent("own_defect.X")

@@ -13,6 +13,7 @@ from experiments.aggregate import (
     iqm_interval,
     probability_of_improvement,
     resampled_rows,
+    swing,
 )
 
 
@@ -95,3 +96,15 @@ def test_clear_winners_have_certain_intervals() -> None:
 def test_a_value_holds_until_the_next() -> None:
     np.testing.assert_array_equal(hold_last([0, 2, 4], [0.0, 1.0, 3.0], 6), [0, 1, 1, 3, 3, 3])
     np.testing.assert_array_equal(hold_last([0], [0.5], 2), [0.5, 0.5])
+
+
+def test_the_swing_is_that_of_the_moving_average() -> None:
+    steps = np.array([0.0, 2.0, 2.0, 0.0, 4.0] * 10)  # a window of two steps
+    means = (steps[1:] + steps[:-1]) / 2
+    assert swing(steps.tolist()) == pytest.approx(means.std())
+    rng = np.random.default_rng(0)
+    slow, noise = np.linspace(0, 1, 1000), rng.normal(0, 2, 1000)
+    assert swing((slow + noise).tolist()) < 0.25 * (slow + noise).std()
+    assert swing((5 * slow + noise).tolist()) > 3 * swing((slow + noise).tolist())
+    assert swing([3.0]) == 0
+    assert math.isnan(swing([]))

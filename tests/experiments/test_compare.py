@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,11 +13,12 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from agents.registry import AGENTS
 from experiments import cli, compare, comparison, comparison_pace
 from experiments.compare import Options, product
 from experiments.comparison import Place, RunOptions, Searcher, Study
 from experiments.comparison_pace import Countdown, Pace, Scale, forecast, missing_jobs, shared, span
-from experiments.comparison_report import Outcome, finetuned_rows
+from experiments.comparison_report import Outcome, finetuned_rows, write_report
 from experiments.trials import Settings, Trial, TrialLog, TrialResult
 from gan.evaluation import COLUMNS, KID
 from gan.plans import Plan
@@ -360,3 +362,22 @@ def test_the_whole_road(tmp_path: Path) -> None:
     row = pd.read_csv(output / "runs.csv").iloc[0]
     assert (row["evaluations"], row["n_images"]) == (24, 64)
     assert json.loads((output / "options.json").read_text())["evaluations"] == 24
+
+
+def test_labels_beyond_what_a_figure_shows_are_named(tmp_path: Path) -> None:
+    """All labels stay in the tables, and the worst are not drawn."""
+    algos = sorted(set(AGENTS) - {"uniform"})[:9]
+    variants = ("full", "without_balance")
+    outcomes = []
+    for place, (algo, variant) in enumerate(itertools.product(algos, variants)):
+        curve = {"evaluations": [1, 20], "score": [0.0, float(place)]}
+        scores = {"score": float(place), "own_score": 0.0, "proposed_score": 0.0, "evaluations": 20}
+        rest = {"requests": 20, "seconds": 1.0, "scores": {}, "plan": {"widths": {}}, "curve": curve}
+        run = RunOptions(algo=algo, variant=variant, evaluations=20)
+        outcomes.append(Outcome(run, {**scores, **rest}))
+    write_report(tmp_path, outcomes, "A protocol.")
+    assert (tmp_path / "scores.png").is_file()
+    text = (tmp_path / "report.md").read_text()
+    labels = [one.run.label for one in outcomes]
+    assert f"Not drawn, for more curves cannot be told apart: {labels[1]}; {labels[0]}." in text
+    assert all(f"| {label} |" in text for label in labels)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -137,6 +138,7 @@ def test_summaries_are_means_over_finetunings() -> None:
         "a": {
             "margin": 3.0,
             "margin_spread": 0.5,
+            "margin_swing": pytest.approx(math.nan, nan_ok=True),
             "balance_gap_before": 2.0,
             "balance_gap_after": 1.0,
             KID: 1.5,

@@ -11,6 +11,7 @@ import torch
 from matplotlib.text import Text
 from PIL import Image
 
+from experiments.aggregate import swing
 from experiments.figures import (
     MOST_SERIES,
     Cloud,
@@ -230,7 +231,7 @@ def test_balance_draws_what_there_is() -> None:
         "uniform plan",
     ]
     names = [text.get_text() for text in right.get_legend().get_texts()]
-    assert names == [f"pruned (spread {steps.std():.2f})", f"whole (spread {2 * steps.std():.2f})"]
+    assert names == [f"pruned (swing {swing(steps):.2f})", f"whole (swing {2 * swing(steps):.2f})"]
     assert "lowest to highest" in right.get_title(loc="left")
     assert len(balance(None, both[1:2]).axes) == len(balance(GapHistory((1.0,), (), 1.0)).axes) == 1
     with pytest.raises(ValueError, match="neither"):

@@ -68,6 +68,7 @@ def test_the_run_folder_holds_both_directions(work: Path) -> None:
     names = {path.name for path in work.iterdir()}
     expected = {"options.json", "run.json", "metrics.csv", "evaluations.jsonl", "tensorboard", "policy"}
     expected |= {cli.LOCK, "plan.json", "credit.json", "ranking.json", "elastic.json", "evaluation.json"}
+    expected |= {"curves.pdf", "widths.pdf"}
     expected |= {"curves.png", "widths.png", "samples.png", "elastic_A.safetensors", "elastic_B.safetensors"}
     for stage in ("", "_raw", "_uniform"):
         for agent in FOUR_AGENTS:

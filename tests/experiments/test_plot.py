@@ -32,6 +32,18 @@ def test_labels_tell_what_differs(make_run: Callable[..., RunFolder]) -> None:
     assert title == "edges2emoji"
 
 
+def test_seeds_of_one_transfer_are_one_series(make_run: Callable[..., RunFolder]) -> None:
+    folders = []
+    for seed, beginning in enumerate((None, "/somewhere/other-s1", "/elsewhere/other-s2")):
+        folders.append(make_run(seed=seed))
+        path = folders[-1].options
+        more = {"from_": beginning, "reference": f"/here/run-s{seed}"}
+        path.write_text(json.dumps({**json.loads(path.read_text()), **more}))
+    _, series = group([read_run(folder.path) for folder in folders])
+    labels = [(one.label, len(one.metrics)) for one in series]
+    assert labels == [("mappo, from scratch", 1), ("mappo, from other", 2)]
+
+
 def test_nested_options_are_flattened() -> None:
     assert flatten({"seed": 0, "weights": {"density": 0.1}}) == {"seed": "0", "weights.density": "0.1"}
 

@@ -61,7 +61,7 @@ def test_the_run_folder_holds_everything(work: Path) -> None:
     names = {path.name for path in (work / RUN).iterdir()}
     expected = {"options.json", "run.json", "metrics.csv", "evaluations.jsonl", "tensorboard", "policy"}
     expected |= {cli.LOCK, "plan.json", "credit.json", "ranking.json", "elastic.json", "evaluation.json"}
-    expected |= {"curves.png", "widths.png", "samples.png"}
+    expected |= {"curves.png", "curves.pdf", "widths.png", "widths.pdf", "samples.png"}
     for stage in ("", "_raw", "_uniform"):
         for network in ("generator", "discriminator"):
             expected |= {f"{network}{stage}.safetensors", f"{network}{stage}.json"}

@@ -154,6 +154,9 @@ def test_sources_that_cannot_be_used_are_refused(source: RunFolder, tmp_path: Pa
         find_policy(tmp_path / "run", "mappo")
     with pytest.raises(UserError, match=r"does not exist"):
         find_policy(tmp_path / "nothing", "mappo")
+    (tmp_path / "run" / "options.json").write_text('{"seeds": 3}')
+    with pytest.raises(UserError, match=r"is the folder of a study, not of a run"):
+        find_policy(tmp_path / "run", "mappo")
 
 
 def test_the_main_job_copies_the_policy_and_names_its_source(
