@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -15,7 +16,7 @@ from typing import Any, TypeVar
 import tyro
 from filelock import FileLock, Timeout
 
-from experiments.runs import flag
+from experiments.runs import GIVEN, flag
 from gan.errors import UserError
 
 Options = TypeVar("Options")
@@ -167,6 +168,10 @@ def run(
         examples: (command, what it is for) pairs, shown first.
         arguments: instead of ``sys.argv[1:]``.
     """
+    words = sys.argv[1:] if arguments is None else arguments
+    # --weights.density 1 gives weights; tyro takes underscores for dashes
+    flags = {re.split(r"[=.]", word)[0].replace("_", "-") for word in words if word.startswith("--")}
+    given = GIVEN.set(frozenset(flags))
     try:
         main(parse(options, description, examples, arguments))
     except UserError as error:
@@ -178,3 +183,5 @@ def run(
     except BrokenPipeError:  # the reader, head or a pager, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python complains as it flushes
         sys.exit(1)
+    finally:
+        GIVEN.reset(given)

@@ -208,9 +208,7 @@ def open_folder(options: Options) -> tuple[Options, RunFolder]:
         folder = open_run(options.resume)
         given = given_options(options, FREE_ON_RESUME)
         more = {name: given[name] for name in GROWING if name in given}
-        plain = replace(options, **{name: getattr(Options(), name) for name in more})
-        known = resumed_options(folder, plain, FREE_ON_RESUME)
-        options = replace(known, **more).resolved
+        options = resumed_options(folder, options, (*FREE_ON_RESUME, *more)).resolved
         check(options)
     else:
         if options.output is None:

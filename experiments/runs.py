@@ -19,6 +19,7 @@ import sys
 import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -395,8 +396,12 @@ def check_least(options: Any, **least: float) -> None:
             raise UserError(f"{flag(name)} is {value}; it must be below 2^32")
 
 
+GIVEN: ContextVar[frozenset[str]] = ContextVar("GIVEN", default=frozenset())
+"""Flags of the command line, such as ``--seed``, while a program runs: one may also be given its default."""
+
+
 def given_options(options: Any, free: Sequence[str]) -> dict[str, Any]:
-    """Name → value of the options that are not at their defaults, ``free`` ones left out.
+    """Name → value of the options that were given, or are not at their defaults; ``free`` ones left out.
 
     Args:
         options: a dataclass whose fields all have defaults.
@@ -405,7 +410,8 @@ def given_options(options: Any, free: Sequence[str]) -> dict[str, Any]:
     return {
         name: getattr(options, name)
         for name in (field.name for field in dataclasses.fields(options))
-        if name not in free and getattr(options, name) != getattr(default, name)
+        if name not in free
+        and (flag(name) in GIVEN.get() or getattr(options, name) != getattr(default, name))
     }
 
 

@@ -181,6 +181,10 @@ def test_an_interrupted_comparison_goes_on_and_grows(
     with pytest.raises(SystemExit):
         call("--resume", str(output), "--evaluations", "10")
     assert "leave out --evaluations" in capsys.readouterr().err
+    for given in (["--evaluations", "300"], ["--evaluations=300"]):  # the default, and not what it began with
+        with pytest.raises(SystemExit):
+            call("--resume", str(output), *given)
+        assert "leave out --evaluations" in capsys.readouterr().err
 
 
 def test_ablations_beside_the_full_method(work: Work, tmp_path: Path) -> None:
