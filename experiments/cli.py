@@ -171,9 +171,11 @@ def run(
     words = sys.argv[1:] if arguments is None else arguments
     # --weights.density 1 gives weights; tyro takes underscores for dashes
     flags = {re.split(r"[=.]", word)[0].replace("_", "-") for word in words if word.startswith("--")}
-    given = GIVEN.set(frozenset(flags))
+    given = GIVEN.set(GIVEN.get())
     try:
-        main(parse(options, description, examples, arguments))
+        parsed = parse(options, description, examples, arguments)
+        GIVEN.set((type(parsed), frozenset(flags)))
+        main(parsed)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -396,8 +396,9 @@ def check_least(options: Any, **least: float) -> None:
             raise UserError(f"{flag(name)} is {value}; it must be below 2^32")
 
 
-GIVEN: ContextVar[frozenset[str]] = ContextVar("GIVEN", default=frozenset())
-"""Flags of the command line, such as ``--seed``, while a program runs: one may also be given its default."""
+GIVEN: ContextVar[tuple[type, frozenset[str]]] = ContextVar("GIVEN", default=(object, frozenset()))
+"""While a program runs: the class of its options, and the flags of the command line, such as ``--seed``; one
+may also be given its default. A program may make options of another one, which no flag is meant for."""
 
 
 def given_options(options: Any, free: Sequence[str]) -> dict[str, Any]:
@@ -407,11 +408,12 @@ def given_options(options: Any, free: Sequence[str]) -> dict[str, Any]:
         options: a dataclass whose fields all have defaults.
     """
     default = type(options)()
+    kind, flags = GIVEN.get()
+    flags = flags if kind is type(options) else frozenset()
     return {
         name: getattr(options, name)
         for name in (field.name for field in dataclasses.fields(options))
-        if name not in free
-        and (flag(name) in GIVEN.get() or getattr(options, name) != getattr(default, name))
+        if name not in free and (flag(name) in flags or getattr(options, name) != getattr(default, name))
     }
 
 
