@@ -25,10 +25,32 @@ LEVEL = 0.95
 RESAMPLES = 2000
 CHUNK = 4_000_000
 """Numbers that are resampled at once: 32 MB."""
-
-
 SMOOTH = 1 / 25
 """Window of the moving average of a finetuning's margins, as a share of its steps."""
+
+
+def moving_average(
+    evaluations: NDArray[np.float64], values: NDArray[np.float64], window: int
+) -> NDArray[np.float64]:
+    """Mean over the rows of the last ``window`` evaluations; NaN values are left out.
+
+    A window in evaluations, not in episodes, treats learners with long and short episodes alike.
+
+    Args:
+        evaluations: (k,) ascending, repeats allowed.
+        values: (k,) what to average.
+        window: evaluations, ≥ 1.
+
+    Returns:
+        (k,) averages.
+    """
+    known = ~np.isnan(values)
+    sums = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0.0))])
+    counts = np.concatenate([[0], np.cumsum(known)])
+    first = np.searchsorted(evaluations, evaluations - window, side="right")
+    last = np.searchsorted(evaluations, evaluations, side="right")
+    number = counts[last] - counts[first]
+    return np.where(number > 0, (sums[last] - sums[first]) / np.maximum(number, 1), np.nan)
 
 
 def swing(margins: Sequence[float]) -> float:
@@ -44,8 +66,8 @@ def swing(margins: Sequence[float]) -> float:
     if not len(values):
         return math.nan
     window = max(1, round(len(values) * SMOOTH))
-    sums = np.concatenate([[0.0], np.cumsum(values)])
-    return float(np.std((sums[window:] - sums[:-window]) / window))
+    smooth = moving_average(np.arange(1.0, len(values) + 1), values, window)
+    return float(np.std(smooth[window - 1 :]))  # the first ones are means of fewer steps
 
 
 class Curve(NamedTuple):

@@ -439,9 +439,13 @@ def log_header(path: Path) -> dict[str, Any]:
         Missing: none yet.
         UserError: no log.
     """
+    if not path.is_file():
+        raise Missing(f"{path} does not exist yet; go on with --resume {path.parent}")
     header = read_header(path)
     if not header:
-        raise Missing(f"{path} holds nothing yet; go on with --resume {path.parent}")
+        raise UserError(
+            f"{path} is no log: its first line is no header; delete it and go on with --resume {path.parent}"
+        )
     return header
 
 

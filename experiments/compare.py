@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from rich.console import Console
 
@@ -203,11 +203,11 @@ def open_folder(options: Options) -> tuple[Options, RunFolder]:
     Raises:
         UserError: an option that no comparison can use; nothing has been written then.
     """
-    more: dict[str, Any] = {}
+    more: list[str] = []
     if options.resume is not None:
         folder = open_run(options.resume)
         given = given_options(options, FREE_ON_RESUME)
-        more = {name: given[name] for name in GROWING if name in given}
+        more = [name for name in GROWING if name in given]
         options = resumed_options(folder, options, (*FREE_ON_RESUME, *more)).resolved
         check(options)
     else:

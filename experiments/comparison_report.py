@@ -282,10 +282,10 @@ def short(title: str) -> str:
     return title.replace(", ", "\n", 1)
 
 
-def undrawn(labels: Sequence[str], runs: pd.DataFrame) -> list[str]:
+def undrawn(runs: pd.DataFrame) -> list[str]:
     """Labels that one figure of curves has no room for: those of the lowest scores."""
-    means = runs.groupby("label")["score"].mean()
-    return sorted(labels, key=lambda label: -float(means[label]))[MOST_CURVES:]
+    means = runs.groupby("label", sort=False)["score"].mean()
+    return list(means.sort_values(ascending=False, kind="stable").index[MOST_CURVES:])
 
 
 def draw_scores(
@@ -372,7 +372,7 @@ def write_report(folder: Path, outcomes: Sequence[Outcome], protocol: str) -> No
     whole = Strata(runs, cells)
     if len(cells) > 1 and whole.labels:
         strata.append((EVERYWHERE, whole))
-    without = undrawn(list(runs["label"].unique()), runs)
+    without = undrawn(runs)
     figures = {"scores": draw_scores(outcomes, strata, without)}
     parts = ["# Comparison", protocol, "![best score against evaluations](scores.png)"]
     if without:

@@ -26,7 +26,7 @@ from matplotlib.ticker import MaxNLocator
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from experiments.aggregate import SMOOTH, swing
+from experiments.aggregate import SMOOTH, moving_average, swing
 from gan.errors import UserError
 from gan.files import write_bytes
 
@@ -143,30 +143,6 @@ class Band:
     mean: NDArray[np.float64]
     low: NDArray[np.float64]
     high: NDArray[np.float64]
-
-
-def moving_average(
-    evaluations: NDArray[np.float64], values: NDArray[np.float64], window: int
-) -> NDArray[np.float64]:
-    """Mean over the rows of the last ``window`` evaluations; NaN values are left out.
-
-    A window in evaluations, not in episodes, treats learners with long and short episodes alike.
-
-    Args:
-        evaluations: (k,) ascending, repeats allowed.
-        values: (k,) what to average.
-        window: evaluations, ≥ 1.
-
-    Returns:
-        (k,) averages.
-    """
-    known = ~np.isnan(values)
-    sums = np.concatenate([[0.0], np.cumsum(np.where(known, values, 0.0))])
-    counts = np.concatenate([[0], np.cumsum(known)])
-    first = np.searchsorted(evaluations, evaluations - window, side="right")
-    last = np.searchsorted(evaluations, evaluations, side="right")
-    number = counts[last] - counts[first]
-    return np.where(number > 0, (sums[last] - sums[first]) / np.maximum(number, 1), np.nan)
 
 
 def band(series: Series, column: str, window: int, points: int = 200) -> Band | None:

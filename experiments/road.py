@@ -355,8 +355,10 @@ def keep_better(
     for way, one in task.ways.items():
         judge = Judge.build(*stages["dense"][way], one.val.take(images), extractor)
         looked_at = dict.fromkeys((*starts, *starts.values()))
-        measured = {name: validate(judge, stages[name][way][0])[KID] for name in looked_at}
-        measured |= dict.fromkeys(diverged, math.nan)
+        measured = {
+            name: math.nan if name in diverged else validate(judge, stages[name][way][0])[KID]
+            for name in looked_at
+        }
         for name, start in starts.items():
             verdict = verdicts[row_name(name, way)] = Verdict(measured[start], measured[name])
             if verdict.kept == "before":

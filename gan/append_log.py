@@ -20,17 +20,25 @@ def read_header(path: Path) -> dict[str, Any]:
     Raises:
         LogMismatch: the file is no log.
     """
-    raw = path.read_bytes() if path.is_file() else b""
-    line, end, _ = raw.partition(b"\n")
-    if not end and (not line or line.startswith(b"{")):  # its writer died while it wrote the header
+    if not path.is_file():
         return {}
-    try:
-        header = json.loads(line)
-    except ValueError:
-        header = None
-    if not isinstance(header, dict):
+    with path.open("rb") as file:
+        line = file.readline()
+    if not line.endswith(b"\n") and line[:1] in (b"", b"{"):  # its writer died while it wrote the header
+        return {}
+    header = _header_of(line)
+    if header is None:
         raise LogMismatch(f"{path} is no log: its first line is no header; use another path")
     return {key: value for key, value in header.items() if key != "format"}
+
+
+def _header_of(line: str | bytes) -> dict[str, Any] | None:
+    """What a log's first line holds; None where it is no header."""
+    try:
+        found = json.loads(line)
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
 
 
 class AppendLog:
@@ -71,11 +79,8 @@ class AppendLog:
             path.write_text(json.dumps(header) + "\n")
             return
         lines = whole.decode(errors="replace").splitlines()
-        try:
-            found = json.loads(lines[0]) if lines else None
-        except json.JSONDecodeError:
-            found = None
-        if not isinstance(found, dict):
+        found = _header_of(lines[0]) if lines else None
+        if found is None:
             raise LogMismatch(f"{path} is no {kind}: its first line is no header; use another path")
         wrong = sorted(key for key in {*header, *found} if header.get(key) != found.get(key))
         if wrong:

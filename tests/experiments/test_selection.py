@@ -66,6 +66,7 @@ def test_a_finetuning_that_made_it_worse_is_undone(monkeypatch: pytest.MonkeyPat
         "uniform_equal_time": "uniform_raw",
     }
     verdicts = road.keep_better(task, before, 8, diverged=["pruned"])
+    assert math.isnan(verdicts["pruned"].after)
     assert verdicts["pruned"].kept == "before"
     assert before["pruned"][""] is pairs["pruned_raw"]
 

@@ -16,6 +16,8 @@ def test_the_header_is_read_back_without_the_log(tmp_path: Path) -> None:
     assert read_header(path) == {"weights": "a"}
     path.write_text('{"format": 1, "wei')  # its writer died
     assert read_header(path) == {}
+    path.write_text("")
+    assert read_header(path) == {}
 
 
 @pytest.mark.parametrize("content", [b"text\n", b"[1]\n", b"\xff\xfe\n", b"\n", b"text", b"{}{\n"])
