@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
+from agents.registry import AGENTS
 from experiments.aggregate import (
     LEVEL,
     hold_last,
@@ -311,7 +312,7 @@ def draw_scores(
         panels.append(LinePanel(short(title), tuple(lines)))
     runs = max(len(rows) for rows in curves.values())
     spread = f"IQM and {LEVEL:.0%} stratified bootstrap band" if runs > 1 else "one run each"
-    return score_curves(panels, "best score (0 = uniform)", spread)
+    return score_curves(panels, "best score (0 = uniform)", spread, fixed=tuple(AGENTS))
 
 
 def draw_finetuned(strata: Sequence[tuple[str, Strata]]) -> Figure:

@@ -48,8 +48,8 @@ STYLE: dict[Any, Any] = {
     "lines.linewidth": 1.6,
     "savefig.dpi": 130,
 }
-COLOURS = ("#12355b", "#c8465a", "#e3a72f", "#3f8f5f", "#6f5aa8", "#79b4c9", "#7a5230", "#a3a3a3")
-"""Neighbours differ in brightness, markers do the rest: figures must read in grey."""
+COLOURS = ("#0e2946", "#c74357", "#e8b53a", "#439966", "#523184", "#79b4c9", "#78512f", "#989898")
+"""Of eight brightnesses, neighbours far apart; markers do the rest: figures must read in grey."""
 MARKERS = "osD^vPX*"
 MOST_SERIES = len(COLOURS)
 MOST_COLUMNS = 3
@@ -700,13 +700,16 @@ class LinePanel:
     lines: tuple[Line, ...]
 
 
-def score_curves(panels: Sequence[LinePanel], label: str, title: str = "") -> Figure:
+def score_curves(
+    panels: Sequence[LinePanel], label: str, title: str = "", fixed: Sequence[str] = ()
+) -> Figure:
     """Best score against evaluations, a panel for each cell, the legend in the order of the last values.
 
     Args:
         panels: what to draw; equal labels look alike in all of them. At most ``2 × MOST_SERIES`` labels.
         label: of the vertical axes.
         title: of the figure.
+        fixed: labels that look the same in every figure; the first ``2 × MOST_SERIES`` of them do.
 
     Raises:
         UserError: too many labels.
@@ -716,11 +719,13 @@ def score_curves(panels: Sequence[LinePanel], label: str, title: str = "") -> Fi
         for panel in panels
         for line in panel.lines
     }
-    places = {name: place for place, name in enumerate(ends)}
-    if len(places) > 2 * MOST_SERIES:
+    if len(ends) > 2 * MOST_SERIES:
         raise UserError(
-            f"{len(places)} curves cannot be told apart in one figure; draw at most {2 * MOST_SERIES}"
+            f"{len(ends)} curves cannot be told apart in one figure; draw at most {2 * MOST_SERIES}"
         )
+    places = {name: place for place, name in enumerate(fixed[: 2 * MOST_SERIES]) if name in ends}
+    free = (place for place in range(2 * MOST_SERIES) if place not in places.values())
+    places |= {name: next(free) for name in ends if name not in places}
     order = sorted(ends, key=lambda name: -float(np.mean(ends[name])))
     columns = min(MOST_COLUMNS, len(panels))
     rows = math.ceil(len(panels) / columns)
@@ -733,9 +738,7 @@ def score_curves(panels: Sequence[LinePanel], label: str, title: str = "") -> Fi
             for line in panel.lines:
                 place = places[line.label]
                 every = max(1, len(line.x) // 6)
-                offset = (
-                    place * every // max(1, len(places))
-                ) % every  # markers of equal curves side by side
+                offset = order.index(line.label) * every // len(order)  # markers of equal curves side by side
                 looks = _looks(place)
                 axes.plot(line.x, line.y, markevery=(offset, every), drawstyle="steps-post", **looks)
                 known = ~np.isnan(line.low)

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from agents.gradient import (
     Game,
@@ -28,7 +29,7 @@ from gan.elastic import ElasticNetwork
 from gan.errors import UserError
 from gan.evaluations import CountedScorer, EvaluationLog
 from tests.agents.conftest import Recorder
-from tests.gan.conftest import Pair, make_pair
+from tests.gan.conftest import Pair, make_pair, tiny_generator
 from tests.gan.test_scoring import scorer_of
 
 
@@ -84,9 +85,11 @@ def test_it_is_deterministic_and_goes_on_from_its_log(pair: Pair, tmp_path: Path
     assert search(None, 16, seed=1) != whole
 
 
-def test_the_agents_learn_what_they_are_to(pair: Pair) -> None:
-    """Without costs: a generator that is judged ever better, or a discriminator that tells ever better."""
-    for player, peer in (("generator", "discriminator"), ("discriminator", "generator")):
+def test_either_agent_learns_what_it_is_to(pair: Pair) -> None:
+    """Without costs: a generator whose outputs are judged ever more like the dense ones, or a critic that
+    tells them apart ever better.
+    """
+    for player, peer, sign in (("generator", "discriminator", 1), ("discriminator", "generator", -1)):
         env, _ = real_env(pair, held=(peer,))
         random = torch.Generator().manual_seed(0)
         agents = build_agents({name: len(groups) for name, groups in pair.groups.items()}, 16, random)
@@ -94,8 +97,36 @@ def test_the_agents_learn_what_they_are_to(pair: Pair) -> None:
         pairs = find_pairs(env, "gradient")
         game = Game(pairs["generator"], env.scorer.networks, agents, options, random, env.held)
         targets = find_targets(env, {"generator": 0.4, "discriminator": 0.5})
-        losses = [game.step(targets)[f"{player}_loss"] for _ in range(60)]
-        assert np.mean(losses[-20:]) < np.mean(losses[:20])
+        gaps = [game.step(targets)["generator_log_gap"] for _ in range(60)]
+        assert sign * np.mean(gaps[:20]) > sign * np.mean(gaps[-20:])
+        assert agents[player].head.weight.any()
+        assert not agents[peer].head.weight.any()
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_with_its_defaults_it_cuts_what_does_nothing(seed: int) -> None:
+    """The two innermost levels hardly reach the image: found, and a better plan than uniform comes of it."""
+    idle = (2, 3)
+    env, recorder = real_env(make_pair(generator=idle_inside()), 40)
+    agent = build_agent("gradient", seed)
+    agent.learn(env)
+    plan, uniform = env.evaluate(agent.propose(env)), env.evaluate(env.uniform_plan())
+    kept, even = (one.plan["generator"] for one in (plan, uniform))
+    assert sum(kept[i] for i in idle) < sum(even[i] for i in idle)
+    assert plan.potential > uniform.potential == 0.0
+    assert max(one.potential for one in recorder.plans) >= plan.potential
+
+
+def idle_inside() -> nn.Module:
+    """A tiny generator whose last level reads a hundredth of what the level below it sends up."""
+    generator = tiny_generator(widths=(16, 24, 32, 24, 16))
+    sent = make_pair(generator=generator).groups["generator"][3]
+    with torch.no_grad():
+        for slot in (slot for slot in sent.slots if slot.axis == "in"):
+            reader = generator.get_submodule(slot.module)
+            assert isinstance(reader, nn.ConvTranspose2d)  # reads along its first axis
+            reader.weight[slot.start : slot.start + sent.channels] *= 0.01
+    return generator
 
 
 def test_it_comes_back_and_refuses_what_is_damaged(pair: Pair, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -8,11 +9,13 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from matplotlib.colors import to_rgb
 from matplotlib.text import Text
 from PIL import Image
 
 from experiments.aggregate import swing
 from experiments.figures import (
+    COLOURS,
     MOST_SERIES,
     Cloud,
     Estimates,
@@ -209,6 +212,35 @@ def test_sixteen_curves_differ_in_grey_and_more_are_refused() -> None:
     assert len(looks) == len(names)
     with pytest.raises(UserError, match="at most 16"):
         score_curves([LinePanel("", tuple(line(name, 1.0) for name in [*names, "x"]))], "score")
+
+
+def test_known_labels_look_the_same_in_every_figure() -> None:
+    known = ("a", "b", "c")
+    looks: dict[str, set[tuple[str, str, str]]] = {}
+    for names in (("c", "other", "a"), ("a", "b", "c"), ("another", "c")):
+        figure = score_curves([LinePanel("", tuple(line(name, 1.0) for name in names))], "score", "", known)
+        drawn = [
+            (str(one.get_color()), str(one.get_marker()), str(one.get_linestyle()))
+            for one in figure.axes[0].lines[: len(names)]
+        ]
+        assert len(set(drawn)) == len(names)
+        for name, look in zip(names, drawn, strict=True):
+            looks.setdefault(name, set()).add(look)
+    assert all(len(looks[name]) == 1 for name in known)
+
+
+def test_colours_are_told_apart_in_grey() -> None:
+    bright = [brightness(colour) for colour in COLOURS]
+    assert min(np.diff(sorted(bright))) > 5
+    assert all(abs(one - other) > 15 for one, other in itertools.pairwise(bright))
+    assert max(bright) < 80  # and from the paper
+
+
+def brightness(colour: str) -> float:
+    """L* of CIELAB, 0 black to 100 white, under D65."""
+    levels = np.array(to_rgb(colour))
+    linear = np.where(levels <= 0.04045, levels / 12.92, ((levels + 0.055) / 1.055) ** 2.4)
+    return float(116 * np.cbrt(linear @ (0.2126, 0.7152, 0.0722)) - 16)
 
 
 def test_improvements_show_numbers_and_intervals(tmp_path: Path) -> None:

@@ -78,9 +78,10 @@ class Pair:
         }
 
 
-def make_pair(seed: int = 0) -> Pair:
+def make_pair(seed: int = 0, generator: nn.Module | None = None) -> Pair:
     """A random pair whose BatchNorm statistics are those that its full-width slices will get."""
-    pairs, generator, discriminator = tiny_pairs(12), tiny_generator(seed), tiny_discriminator(seed + 1)
+    pairs, discriminator = tiny_pairs(12), tiny_discriminator(seed + 1)
+    generator = generator or tiny_generator(seed)
     inputs, targets = tiny_pairs(12, seed=1).tensors()
     recompute_statistics(generator, inputs)
     with torch.no_grad():
