@@ -68,7 +68,7 @@ class GradientOptions:
     every: int = 10
     centres: int = 4
     neighbours: int = 3
-    learning_rate: float = 1e-2
+    learning_rate: float = 3e-3
     temperature: float = 0.4
     cost: float = 4.0
     hidden: int = 32
