@@ -146,17 +146,17 @@ class Gradient:
     dense one is, neighbourhood by neighbourhood, the pruned discriminator is to tell them apart. Its weights
     were trained to tell drawings from the *dense* generator's outputs, so that fooling it says nothing of a
     plan: over 34 finetuned plans (``docs/calibration.json``) Kendall's tau against the finetuned KID is -0.2
-    for the generator's loss on its logits, 0.5 for the gap. Both pay for
-    |log(cost / budget)|, below the budget too: the projection will fill it, so gates that sank below would
-    learn about networks that are never scored (measured: without, all of them shut). The final plan is
-    projected to the budget and scored like everyone's.
+    for the generator's loss on its logits, 0.5 for the gap. Both pay for |log(cost / budget)|, below the
+    budget too: the projection will fill it, so gates that sank below would learn about networks that are
+    never scored (measured: without, all of them shut). The final plan is projected to the budget and scored
+    like everyone's.
 
     **What it costs.** A step is no evaluation, but it is work: ``steps`` of them are counted as one
     (``CountedScorer.spend``), at equal time. On the embedded U-Net at 10 % of the parameters, on one thread,
     an evaluation (160 probe images through a slice, the extractor and the discriminators) takes as long as
-    five steps (16 images through the full-width pair and back; 2.2 s and 0.4 s without bfloat16). One in ``every`` evaluations scores the plan
-    as it is, so that this search's best plan is the best of many, like everyone's. Steps are not in the
-    evaluation log: a resumed run takes them again.
+    five steps (16 images through the full-width pair and back; 2.2 s and 0.4 s without bfloat16). One in
+    ``every`` evaluations scores the plan as it is, so that this search's best plan is the best of many, like
+    everyone's. Steps are not in the evaluation log: a resumed run takes them again.
 
     Args:
         seed: of weights, noise, batches and budgets drawn.
