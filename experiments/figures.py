@@ -1030,7 +1030,7 @@ def _front_looks(place: int, form: FrontForm) -> dict[str, Any]:
         }
     looks = _looks(place - 1)
     if form == "steps":  # what a plan reaches it reaches at every larger cost
-        style = ":" if place % 2 else "-."
-        return {**looks, "marker": "none", "linewidth": 1.3, "linestyle": style, "drawstyle": "steps-post"}
+        style = (0, (5, 1.5)) if place % 2 else "-."
+        return {**looks, "marker": "none", "linewidth": 1.8, "linestyle": style, "drawstyle": "steps-post"}
     marker = MARKERS[place % MOST_SERIES]
     return {**looks, "marker": marker, "markersize": 6.5, "linestyle": "-" if form == "line" else "none"}

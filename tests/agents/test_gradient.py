@@ -19,6 +19,7 @@ from agents.gradient import (
     find_pairs,
     find_targets,
     log_ratio,
+    matching_gap,
     prefix_gate,
 )
 from agents.registry import build_agent
@@ -201,6 +202,19 @@ def test_a_search_without_an_end_is_refused(pair: Pair) -> None:
 def test_impossible_options_are_refused(options: dict[str, float]) -> None:
     with pytest.raises(UserError, match=next(iter(options))):
         build_agent("gradient", **options)
+
+
+def test_the_matching_gap_by_hand() -> None:
+    dense = torch.tensor([0.0, 2.0, 4.0, 6.0]).view(4, 1, 1, 1)  # two neighbourhoods of two; variance 5
+    made = torch.tensor([2.0, 2.0, 5.0, 5.0]).view(4, 1, 1, 1)  # means 2, 5 instead of 1, 5
+    assert float(matching_gap(dense, made, 2)) == pytest.approx(0.5 / 5)
+    assert float(matching_gap(3 * dense - 1, 3 * made - 1, 2)) == pytest.approx(0.5 / 5)
+    assert float(matching_gap(dense, made, 1)) == pytest.approx(0.5**2 / 5)
+    swapped = dense[[1, 0, 3, 2]]
+    assert float(matching_gap(dense, swapped, 2)) == 0.0  # within a neighbourhood the order is nothing
+    assert float(matching_gap(dense, swapped, 4)) > 0.0
+    places = torch.stack([dense, dense.flip(0)], dim=3).flatten(3)  # every patch is matched for itself
+    assert float(matching_gap(places, places.flip(3), 2)) > 0.0
 
 
 def test_gates_are_a_prefix_of_whole_multiples() -> None:
