@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 import pandas as pd
+from tyro.conf import OmitArgPrefixes
 
 from gan.errors import UserError
 from gan.files import write_json, write_text
@@ -406,15 +407,27 @@ def given_options(options: Any, free: Sequence[str]) -> dict[str, Any]:
 
     Args:
         options: a dataclass whose fields all have defaults.
+        free: names.
     """
-    default = type(options)()
+    default = flat_options(type(options)())
     kind, flags = GIVEN.get()
     flags = flags if kind is type(options) else frozenset()
     return {
-        name: getattr(options, name)
-        for name in (field.name for field in dataclasses.fields(options))
-        if name not in free and (flag(name) in flags or getattr(options, name) != getattr(default, name))
+        name: value
+        for name, value in flat_options(options).items()
+        if name not in free and (flag(name) in flags or value != default[name])
     }
+
+
+def flat_options(options: Any) -> dict[str, Any]:
+    """Name → value as on the command line: options that a field holds without a prefix stand in its place."""
+    hints = typing.get_type_hints(type(options), include_extras=True)
+    found: dict[str, Any] = {}
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        inside = OmitArgPrefixes in getattr(hints[field.name], "__metadata__", ())
+        found |= flat_options(value) if inside else {field.name: value}
+    return found
 
 
 STUDY_FREE_ON_RESUME = ("resume", "workers")
@@ -434,7 +447,8 @@ def resumed_options(folder: RunFolder, options: T, free: Sequence[str]) -> T:
     """
     known = read_options(folder, type(options))
     given = given_options(options, free)
-    changed = [flag(name) for name, value in given.items() if value != getattr(known, name)]
+    begun = flat_options(known)
+    changed = [flag(name) for name, value in given.items() if value != begun[name]]
     if changed:
         raise UserError(f"--resume goes on with the study's own options; leave out {', '.join(changed)}")
     return dataclasses.replace(known, **{name: getattr(options, name) for name in free})  # type: ignore[type-var]

@@ -137,8 +137,7 @@ def open_folder(options: Options) -> tuple[Options, RunFolder]:
     """
     if options.resume is not None:
         folder = open_run(options.resume)
-        names = [*given_options(options, free=("resume", "own")), *given_options(options.own, free=())]
-        given = [flag(name) for name in names]
+        given = [flag(name) for name in given_options(options, free=("resume",))]
         if given:
             raise UserError(f"--resume goes on with the run's own options; leave out {', '.join(given)}")
         if folder.finished:

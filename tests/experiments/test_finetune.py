@@ -252,6 +252,8 @@ def test_a_finished_finetuning_is_not_resumed(options: Options, tmp_path: Path) 
         finetune.main(Options(resume=tmp_path / "out"))
     with pytest.raises(UserError, match="leave out the run or plan, --epochs"):
         finetune.main(Options(source=tmp_path, resume=tmp_path / "out", epochs=3))
+    with pytest.raises(UserError, match="leave out --perceptual"):
+        finetune.main(Options(resume=tmp_path / "out", ingredients=Ingredients(perceptual=1.0)))
 
 
 def test_runs_and_finetunings_are_told_apart(

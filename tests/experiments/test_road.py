@@ -138,9 +138,10 @@ def test_finished_runs_and_other_options_are_not_resumed(work: Path) -> None:
     done = call(work, "train_agents.py", "--resume", RUN)
     assert done.returncode == 2
     assert "is finished" in done.stderr
-    done = call(work, "train_agents.py", "--resume", RUN, "--seed", "4")
-    assert done.returncode == 2
-    assert "leave out --seed" in done.stderr
+    for given in (("--seed", "4"), ("--variants", "0")):  # the default, too
+        done = call(work, "train_agents.py", "--resume", RUN, *given)
+        assert done.returncode == 2
+        assert f"leave out {given[0]}\n" in done.stderr
 
 
 @pytest.mark.parametrize("dense", [False, True])
