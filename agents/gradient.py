@@ -43,7 +43,7 @@ INPUTS = 16
 """Length of a layer's fixed input."""
 
 TINY = 1e-6
-"""Keeps the logarithm of the gap finite where a budget keeps every channel."""
+"""Keeps the logarithm finite where outputs are judged alike, and the quotient where all judgements are."""
 
 PROFILE = 8
 """Points that a network's widths are resampled to when the peer is told of them."""
@@ -144,19 +144,19 @@ class Gradient:
     layers are now (not where the environment has ``feedback=False``). Then the two play on neighbourhoods of
     the dense outputs for the logarithm of :func:`matching_gap`: the pruned generator is to be judged as the
     dense one is, neighbourhood by neighbourhood, the pruned discriminator is to tell them apart. Its weights
-    were trained to tell drawings from the *dense* generator's outputs, so that fooling it says nothing of a
-    plan: over 34 finetuned plans (``docs/calibration.json``) Kendall's tau against the finetuned KID is -0.2
-    for the generator's loss on its logits, 0.5 for the gap. Both pay for |log(cost / budget)|, below the
-    budget too: the projection will fill it, so gates that sank below would learn about networks that are
-    never scored (measured: without, all of them shut). The final plan is projected to the budget and scored
-    like everyone's.
+    were trained to tell real images from the *dense* generator's outputs, so that how well a plan fools it
+    says little of the plan: over 34 finetuned plans Kendall's tau against their KID* is -0.2 for the
+    generator's usual loss, 0.5 for the gap (``docs/calibration.md``). Both pay for |log(cost / budget)|,
+    below the budget too: the projection will fill it, so gates that sank below would learn about networks
+    that are never scored (measured: without, all of them shut). The final plan is projected to the budget
+    and scored like everyone's.
 
     **What it costs.** A step is no evaluation, but it is work: ``steps`` of them are counted as one
     (``CountedScorer.spend``), at equal time. On the embedded U-Net at 10 % of the parameters, on one thread,
-    an evaluation (160 probe images through a slice, the extractor and the discriminators) takes as long as
-    five steps (16 images through the full-width pair and back; 2.2 s and 0.4 s without bfloat16). One in
-    ``every`` evaluations scores the plan as it is, so that this search's best plan is the best of many, like
-    everyone's. Steps are not in the evaluation log: a resumed run takes them again.
+    an evaluation (160 probe images through a slice, the extractor and the discriminators) takes about as
+    long as five steps (16 images through the full-width pair and back; 2.2 s and 0.4 s without bfloat16). One
+    in ``every`` evaluations scores the plan as it is, so that this search's best plan is the best of many,
+    like everyone's. Steps are not in the evaluation log: a resumed run takes them again.
 
     Args:
         seed: of weights, noise, batches and budgets drawn.
@@ -193,12 +193,12 @@ class Gradient:
         while not scorer.exhausted:
             targets = find_targets(env, env.episode_budgets)
             for _ in range(min(self.options.every, scorer.limit - scorer.evaluations) - 1):
-                losses: dict[str, float] = {}
+                report: dict[str, float] = {}
                 for _ in range(self.options.steps):
                     for game in games:
-                        losses |= game.step(targets)
+                        report |= game.step(targets)
                 scorer.spend(1)
-                for name, value in losses.items():
+                for name, value in report.items():
                     log.logger.record(f"train/{name}", value)
             before = scorer.evaluations
             evaluation = env.evaluate(self._plan(env, env.episode_budgets))
@@ -307,8 +307,8 @@ class Game:
             made = pair.generator(inputs, gates[generator])
             # what the generator descends, the discriminator climbs
             turned = [2 * gate.detach() - gate for gate in gates[discriminator]]
-            # one after the other, as in training: normalised together, what is left of the gap is mostly
-            # a shift of all of them, which finetuning repairs first
+            # each normalised by its own batch, as in training: in one batch the gap is mostly a shift of all
+            # outputs, which finetuning repairs first
             of_dense, of_made = (
                 pair.discriminator(paired_input(told, images), turned).float() for images in (dense, made)
             )

@@ -12,7 +12,6 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from agents.registry import AGENTS
 from experiments.aggregate import (
     LEVEL,
     hold_last,
@@ -47,6 +46,11 @@ WHOLE = "whole discriminator"
 """In the labels of generators that were finetuned beside the whole dense discriminator."""
 MOST_CURVES = 2 * MOST_SERIES
 """Labels that one figure of curves shows apart."""
+LOOKS = (
+    *("mappo", "ippo", "ppo", "cma-es", "evolution", "random", "gradient", "tpe"),
+    *("uniform", "magnitude", "a2c", "sac", "td3", "ddpg"),
+)
+"""Learners that look the same in every figure; the first eight have a colour each."""
 MOST_MARGINS = 4
 """Labels whose margins one figure shows: more bands hide each other."""
 
@@ -312,7 +316,7 @@ def draw_scores(
         panels.append(LinePanel(short(title), tuple(lines)))
     runs = max(len(rows) for rows in curves.values())
     spread = f"IQM and {LEVEL:.0%} stratified bootstrap band" if runs > 1 else "one run each"
-    return score_curves(panels, "best score (0 = uniform)", spread, fixed=tuple(AGENTS))
+    return score_curves(panels, "best score (0 = uniform)", spread, LOOKS)
 
 
 def draw_finetuned(strata: Sequence[tuple[str, Strata]]) -> Figure:

@@ -709,7 +709,7 @@ def score_curves(
         panels: what to draw; equal labels look alike in all of them. At most ``2 × MOST_SERIES`` labels.
         label: of the vertical axes.
         title: of the figure.
-        fixed: labels that look the same in every figure; the first ``2 × MOST_SERIES`` of them do.
+        fixed: labels that look the same in every figure, up to ``2 × MOST_SERIES``; others take what is left.
 
     Raises:
         UserError: too many labels.

@@ -407,7 +407,7 @@ def given_options(options: Any, free: Sequence[str]) -> dict[str, Any]:
 
     Args:
         options: a dataclass whose fields all have defaults.
-        free: names.
+        free: names, as of :func:`flat_options`, that are left out.
     """
     default = flat_options(type(options)())
     kind, flags = GIVEN.get()
@@ -440,7 +440,7 @@ def resumed_options(folder: RunFolder, options: T, free: Sequence[str]) -> T:
     Args:
         folder: the study.
         options: as they are given now, a dataclass whose fields all have defaults.
-        free: names of options that are taken as they are given now.
+        free: names of fields that are taken as they are given now.
 
     Raises:
         UserError: other options than the study was begun with.

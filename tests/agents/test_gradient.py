@@ -87,39 +87,41 @@ def test_it_is_deterministic_and_goes_on_from_its_log(pair: Pair, tmp_path: Path
 
 
 def test_either_agent_learns_what_it_is_to(pair: Pair) -> None:
-    """Without costs: a generator whose outputs are judged ever more like the dense ones, or a critic that
-    tells them apart ever better.
+    """Without costs, beside the same game of agents that stand still: a generator whose outputs are judged
+    more like the dense ones, or a critic that tells them apart better.
     """
+    numbers = {name: len(groups) for name, groups in pair.groups.items()}
     for player, peer, sign in (("generator", "discriminator", 1), ("discriminator", "generator", -1)):
-        env, _ = real_env(pair, held=(peer,))
-        random = torch.Generator().manual_seed(0)
-        agents = build_agents({name: len(groups) for name, groups in pair.groups.items()}, 16, random)
-        options = GradientOptions(cost=0.0, learning_rate=0.03)
-        pairs = find_pairs(env, "gradient")
-        game = Game(pairs["generator"], env.scorer.networks, agents, options, random, env.held)
-        targets = find_targets(env, {"generator": 0.4, "discriminator": 0.5})
-        gaps = [game.step(targets)["generator_log_gap"] for _ in range(60)]
-        assert sign * np.mean(gaps[:20]) > sign * np.mean(gaps[-20:])
-        assert agents[player].head.weight.any()
-        assert not agents[peer].head.weight.any()
+        gaps = {}
+        for rate in (1e-9, 0.03):
+            env, _ = real_env(pair, held=(peer,))
+            random = torch.Generator().manual_seed(0)
+            agents = build_agents(numbers, 16, random)
+            options = GradientOptions(cost=0.0, learning_rate=rate)
+            pairs = find_pairs(env, "gradient")
+            game = Game(pairs["generator"], env.scorer.networks, agents, options, random, env.held)
+            targets = find_targets(env, {"generator": 0.4, "discriminator": 0.5})
+            gaps[rate] = [game.step(targets)["generator_log_gap"] for _ in range(60)]
+            assert agents[player].head.weight.any()
+            assert not agents[peer].head.weight.any()
+        assert sign * (np.mean(gaps[1e-9][-20:]) - np.mean(gaps[0.03][-20:])) > 0.1
 
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_with_its_defaults_it_cuts_what_does_nothing(seed: int) -> None:
     """The two innermost levels hardly reach the image: found, and a better plan than uniform comes of it."""
     idle = (2, 3)
-    env, recorder = real_env(make_pair(generator=idle_inside()), 40)
+    env, _ = real_env(make_pair(generator=idle_inside()), 40)
     agent = build_agent("gradient", seed)
     agent.learn(env)
     plan, uniform = env.evaluate(agent.propose(env)), env.evaluate(env.uniform_plan())
     kept, even = (one.plan["generator"] for one in (plan, uniform))
     assert sum(kept[i] for i in idle) < sum(even[i] for i in idle)
     assert plan.potential > uniform.potential == 0.0
-    assert max(one.potential for one in recorder.plans) >= plan.potential
 
 
 def idle_inside() -> nn.Module:
-    """A tiny generator whose last level reads a hundredth of what the level below it sends up."""
+    """A tiny generator whose last level but one reads a hundredth of what the innermost sends up."""
     generator = tiny_generator(widths=(16, 24, 32, 24, 16))
     sent = make_pair(generator=generator).groups["generator"][3]
     with torch.no_grad():

@@ -6,12 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from agents.registry import WITHOUT_OBSERVATIONS
+from agents.registry import AGENTS, WITHOUT_OBSERVATIONS
 from envs.rewards import Weights
 from envs.toy import ToyScorer, toy_scorer
 from experiments import comparison
 from experiments.candidates import best_of_run
 from experiments.comparison import ABLATIONS, FULL, Place, RunOptions, Searcher, Study
+from experiments.comparison_report import LOOKS
+from experiments.figures import MOST_SERIES
 from experiments.runs import RunFolder, read_json, read_run
 from gan.errors import UserError
 from gan.evaluations import EvaluationLog
@@ -48,6 +50,12 @@ def search(study: Study, run: RunOptions) -> tuple[RunFolder, dict]:
             searcher(place)
     searcher(run)
     return study.run(run), json.loads(study.result(run).read_text())
+
+
+def test_learners_that_look_the_same_everywhere_are_learners_and_the_main_ones_have_a_colour_each() -> None:
+    assert set(LOOKS) <= set(AGENTS)
+    assert len(set(LOOKS)) == len(LOOKS) <= 2 * MOST_SERIES
+    assert {"mappo", "ippo", "ppo", "cma-es", "evolution", "random", "gradient"} <= set(LOOKS[:MOST_SERIES])
 
 
 def test_variants_change_what_they_say() -> None:

@@ -81,7 +81,8 @@ class Pair:
 def make_pair(seed: int = 0, generator: nn.Module | None = None) -> Pair:
     """A random pair whose BatchNorm statistics are those that its full-width slices will get."""
     pairs, discriminator = tiny_pairs(12), tiny_discriminator(seed + 1)
-    generator = generator or tiny_generator(seed)
+    if generator is None:
+        generator = tiny_generator(seed)
     inputs, targets = tiny_pairs(12, seed=1).tensors()
     recompute_statistics(generator, inputs)
     with torch.no_grad():
