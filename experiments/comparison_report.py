@@ -22,7 +22,7 @@ from experiments.aggregate import (
 from experiments.agreement import NOTHING, Interval, paired_difference
 from experiments.comparison import RunOptions
 from experiments.figures import (
-    MOST_SERIES,
+    MOST_CURVES,
     Estimates,
     Figure,
     Line,
@@ -44,8 +44,6 @@ KEYS = ["task", "cost", "budget", "cell", "label", "algo", "variant", "seed"]
 EVERYWHERE = "all cells"
 WHOLE = "whole discriminator"
 """In the labels of generators that were finetuned beside the whole dense discriminator."""
-MOST_CURVES = 2 * MOST_SERIES
-"""Labels that one figure of curves shows apart."""
 LOOKS = (
     *("mappo", "ippo", "ppo", "cma-es", "evolution", "random", "gradient", "tpe"),
     *("uniform", "magnitude", "a2c", "sac", "td3", "ddpg"),

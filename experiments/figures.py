@@ -52,6 +52,8 @@ COLOURS = ("#0e2946", "#c74357", "#e8b53a", "#439966", "#523184", "#79b4c9", "#7
 """Of eight brightnesses, neighbours far apart; markers do the rest: figures must read in grey."""
 MARKERS = "osD^vPX*"
 MOST_SERIES = len(COLOURS)
+MOST_CURVES = 2 * MOST_SERIES
+"""Labels that one figure of scores shows apart: a second round of colours is dashed."""
 MOST_COLUMNS = 3
 """Panels beside each other: more would be too small to read on a page."""
 FORMATS = (".png", ".pdf", ".svg")
@@ -706,10 +708,10 @@ def score_curves(
     """Best score against evaluations, a panel for each cell, the legend in the order of the last values.
 
     Args:
-        panels: what to draw; equal labels look alike in all of them. At most ``2 × MOST_SERIES`` labels.
+        panels: what to draw; equal labels look alike in all of them. At most ``MOST_CURVES`` labels.
         label: of the vertical axes.
         title: of the figure.
-        fixed: labels that look the same in every figure, up to ``2 × MOST_SERIES``; others take what is left.
+        fixed: labels that look the same in every figure, up to ``MOST_CURVES``; others take what is left.
 
     Raises:
         UserError: too many labels.
@@ -719,12 +721,10 @@ def score_curves(
         for panel in panels
         for line in panel.lines
     }
-    if len(ends) > 2 * MOST_SERIES:
-        raise UserError(
-            f"{len(ends)} curves cannot be told apart in one figure; draw at most {2 * MOST_SERIES}"
-        )
-    places = {name: place for place, name in enumerate(fixed[: 2 * MOST_SERIES]) if name in ends}
-    free = (place for place in range(2 * MOST_SERIES) if place not in places.values())
+    if len(ends) > MOST_CURVES:
+        raise UserError(f"{len(ends)} curves cannot be told apart in one figure; draw at most {MOST_CURVES}")
+    places = {name: place for place, name in enumerate(fixed[:MOST_CURVES]) if name in ends}
+    free = (place for place in range(MOST_CURVES) if place not in places.values())
     places |= {name: next(free) for name in ends if name not in places}
     order = sorted(ends, key=lambda name: -float(np.mean(ends[name])))
     columns = min(MOST_COLUMNS, len(panels))
